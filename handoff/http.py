@@ -1,0 +1,253 @@
+"""HTTP/1.1 with JSON on control sockets: one small server and one client, for master and worker alike.
+
+The parser is h11. A web framework would do more, but the master lives for years beside every service and
+this is all that it needs of HTTP; the same module speaks on both levels, so both speak alike. A caller that
+leaves cancels nothing: what it asked for goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import h11
+import msgspec
+
+MAX_HEAD_BYTES = 32 * 1024
+MAX_BODY_BYTES = 1024 * 1024
+READ_TIMEOUT_S = 30.0
+"""How long a caller may take to send its next request whole."""
+_READ_BYTES = 64 * 1024
+
+JSON = "application/json"
+PROBLEM = "application/problem+json"
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One request, read whole."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    peer_uid: int | None
+    """User at the other end of a Unix socket (SO_PEERCRED, unix(7)); None over TCP."""
+    peer_pid: int | None
+
+
+class Response(msgspec.Struct, frozen=True):
+    """One answer."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = JSON
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def json(self) -> Any:
+        """The body decoded; raises `msgspec.DecodeError` when it isn't JSON."""
+        return msgspec.json.decode(self.body)
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class CallError(Exception):
+    """A call got no answer: nobody listens there, the time was up, or what came wasn't HTTP."""
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with `value` as JSON."""
+    return Response(status, msgspec.json.encode(value) + b"\n", JSON, tuple((headers or {}).items()))
+
+
+def problem(status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any) -> Response:
+    """Answer with a problem document (RFC 9457); `members` are its extension members."""
+    document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    body = msgspec.json.encode(document | members) + b"\n"
+    return Response(status, body, PROBLEM, tuple((headers or {}).items()))
+
+
+class Router:
+    """Finds the handler of a request. A path that ends in ``/*`` takes one more segment, found in ``query["*"]``."""
+
+    def __init__(self, routes: Mapping[tuple[str, str], Handler]) -> None:
+        self._routes = dict(routes)
+        self._paths = sorted({path for _, path in routes})
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer `request`: 404 and 405 name what there is."""
+        path, extra = request.path, {}
+        if not any(known == path for known in self._paths):
+            parent, _, last = path.rpartition("/")
+            if last and f"{parent}/*" in self._paths:
+                path, extra = f"{parent}/*", {"*": last}
+        if path not in self._paths:
+            return problem(404, f"there is no {request.path} here", known=self._paths)
+        handler = self._routes.get((request.method, path))
+        if handler is None and request.method == "HEAD":
+            handler = self._routes.get(("GET", path))
+        if handler is None:
+            allowed = sorted(method for method, known in self._routes if known == path)
+            return problem(405, f"{request.path} takes {', '.join(allowed)}", {"Allow": ", ".join(allowed)})
+        if extra:
+            request = msgspec.structs.replace(request, query=request.query | extra)
+        return await handler(request)
+
+
+async def serve(sock: socket.socket, handler: Handler) -> asyncio.Server:
+    """Answer requests on a bound, listening stream socket until the returned server is closed."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            await _serve_connection(reader, writer, handler)
+        writer.close()
+
+    if sock.family == socket.AF_UNIX:
+        return await asyncio.start_unix_server(connected, sock=sock)
+    return await asyncio.start_server(connected, sock=sock)
+
+
+async def _serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
+    peer_pid, peer_uid = _peer(writer)
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    while True:
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                request = await _read_request(reader, writer, connection, peer_uid, peer_pid)
+        except h11.RemoteProtocolError as error:
+            if connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+                hint = error.error_status_hint or 400
+                await _write(writer, connection, problem(hint, str(error)), close=True)
+            return
+        if request is None:
+            return
+        response = await handler(request)
+        await _write(writer, connection, response)
+        if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
+            return
+        connection.start_next_cycle()
+
+
+async def _read_request(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    connection: h11.Connection,
+    peer_uid: int | None,
+    peer_pid: int | None,
+) -> Request | None:
+    head: h11.Request | None = None
+    body = bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            if connection.they_are_waiting_for_100_continue:
+                go_on = connection.send(h11.InformationalResponse(status_code=100, headers=[]))
+                writer.write(go_on or b"")
+            connection.receive_data(await reader.read(_READ_BYTES))
+        elif isinstance(event, h11.Request):
+            head = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > MAX_BODY_BYTES:
+                raise h11.RemoteProtocolError(f"a body over {MAX_BODY_BYTES} bytes", error_status_hint=413)
+        elif isinstance(event, h11.EndOfMessage) and head is not None:
+            break
+        else:
+            return None
+    target = urllib.parse.urlsplit(head.target.decode("ascii"))
+    return Request(
+        method=head.method.decode("ascii"),
+        path=urllib.parse.unquote(target.path),
+        query=dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True)),
+        headers={name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers},
+        body=bytes(body),
+        peer_uid=peer_uid,
+        peer_pid=peer_pid,
+    )
+
+
+async def _write(
+    writer: asyncio.StreamWriter, connection: h11.Connection, response: Response, close: bool = False
+) -> None:
+    headers = [*response.headers, ("Content-Length", str(len(response.body))), ("Content-Type", response.content_type)]
+    if close:
+        headers.append(("Connection", "close"))
+    try:
+        reason = HTTPStatus(response.status).phrase
+    except ValueError:
+        reason = ""
+    head = h11.Response(status_code=response.status, headers=headers, reason=reason.encode())
+    writer.write(connection.send(head) or b"")
+    writer.write(connection.send(h11.Data(data=response.body)) or b"")
+    writer.write(connection.send(h11.EndOfMessage()) or b"")
+    await writer.drain()
+
+
+def _peer(writer: asyncio.StreamWriter) -> tuple[int | None, int | None]:
+    sock = writer.get_extra_info("socket")
+    if sock is None or sock.family != socket.AF_UNIX:
+        return None, None
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid
+
+
+async def call(
+    path: str, method: str, target: str, *, timeout_s: float, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Send one request without a body to the Unix socket at `path` and return the answer, whatever its status.
+
+    Raises `CallError` when there is no answer within `timeout_s` seconds.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_unix_connection(path)
+            try:
+                return await _exchange(reader, writer, method, target, headers or {})
+            finally:
+                writer.close()
+    except TimeoutError:
+        raise CallError(f"{method} {target}: no answer from {path} within {timeout_s:g} s") from None
+    except (OSError, h11.RemoteProtocolError) as error:
+        raise CallError(f"{method} {target}: {path}: {error}") from error
+
+
+async def _exchange(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+) -> Response:
+    connection = h11.Connection(h11.CLIENT)
+    head = h11.Request(
+        method=method,
+        target=target,
+        headers=[("Host", "segue"), ("Content-Length", "0"), ("Connection", "close"), *headers.items()],
+    )
+    writer.write(connection.send(head) or b"")
+    writer.write(connection.send(h11.EndOfMessage()) or b"")
+    response: h11.Response | None = None
+    body = bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await reader.read(_READ_BYTES))
+        elif isinstance(event, h11.Response):
+            response = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+        elif isinstance(event, h11.EndOfMessage) and response is not None:
+            break
+        elif not isinstance(event, h11.InformationalResponse):
+            raise h11.RemoteProtocolError("the connection was closed before the answer")
+    fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
+    return Response(
+        response.status_code, bytes(body), fields.get("content-type", ""), tuple(fields.items())
+    )

@@ -1,0 +1,155 @@
+"""What supervisor and worker tell each other: the types, and the names on the wire.
+
+The two never import each other. They share this module, the descriptors that a worker inherits
+(`segue.handoff.descriptors`), HTTP on Unix sockets (`segue.handoff.http`) and sd_notify datagrams
+(`segue.handoff.notify`).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+HOT = "/api/v1/hot"
+"""Where the control endpoints stand, on the master's control socket, a worker's private socket and,
+with a token file, on the public listener."""
+
+
+class FdName(enum.StrEnum):
+    """Names in a worker's ``LISTEN_FDNAMES`` that aren't those of a public listener."""
+
+    SPEC = "segue-spec"
+    """The `WorkerSpec` as JSON, in a sealed memory file: what is secret is neither in argv nor in the environment."""
+    CONTROL = "segue-control"
+    """The worker's private Unix socket, bound and listening."""
+    RELAY_READ = "segue-relay-read"
+    RELAY_WRITE = "segue-relay-write"
+    """The two ends of the relay: a worker adopts from the one and hands over into the other."""
+    LIFELINE = "segue-lifeline"
+    """The read end of a pipe that the master never writes to: end of file says that the master is gone."""
+    STDOUT = "segue-stdout"
+    STDERR = "segue-stderr"
+    """Where the worker's output goes once it is ready. Until then its descriptors 1 and 2 are a bounded
+    memory file, opened for appending, which the master reads to tell why a start failed."""
+
+
+class WorkerPhase(enum.StrEnum):
+    """What a booting worker is doing, told by ``X_SEGUE_PHASE``: it names the place of a failed start."""
+
+    BOOT = "boot"
+    IMPORT = "import"
+    STARTUP = "startup"
+    WARM_UP = "warm-up"
+
+
+class WorkerMode(enum.StrEnum):
+    """What a worker does with connections, told by ``X_SEGUE_STATE`` and by its status."""
+
+    BOOTING = "booting"
+    READY = "ready"
+    """Started and warmed up; accepts nothing yet."""
+    ACTIVE = "active"
+    """Accepts from its listeners and adopts from the relay."""
+    QUIET = "quiet"
+    """Accepts and adopts nothing, serves what it has, sends nothing away (first phase of a handover)."""
+    DRAINING = "draining"
+    """Hands its connections over as they become idle."""
+    DRAINED = "drained"
+    """No connection and no task is left; can be activated again."""
+    STOPPING = "stopping"
+
+
+class NotifyKey(enum.StrEnum):
+    """Keys of the datagrams from worker to master, beside systemd's own (sd_notify(3))."""
+
+    READY = "READY"
+    WATCHDOG = "WATCHDOG"
+    STATUS = "STATUS"
+    """On a failed start: ``phase: reason`` for a person."""
+    STATE = "X_SEGUE_STATE"
+    PHASE = "X_SEGUE_PHASE"
+    FAILED = "X_SEGUE_FAILED"
+    """Set on a failed start, one line: what failed and why."""
+    RECYCLE = "X_SEGUE_RECYCLE"
+    """The worker asks to be replaced; the value says why."""
+
+
+class ListenerInfo(msgspec.Struct, frozen=True):
+    """A public listening socket. Its descriptor travels under `name`."""
+
+    name: str
+    """Unique in an instance and stable over reloads: derived from the address."""
+    address: str
+    """``127.0.0.1:8000``, ``[::1]:8000`` or ``unix:/path``, as it is bound (a port 0 replaced by the real one)."""
+    family: str
+    """``inet``, ``inet6`` or ``unix``."""
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that a worker needs to know to start. Times in seconds."""
+
+    instance: str
+    generation: int
+    worker: int
+    """Unique within its generation, from 1; a respawned worker has a new one."""
+    app: str | None
+    """``module:attribute``; None for the built-in application."""
+    working_dir: str
+    """The real path of the directory in which the application runs."""
+    app_dir: str
+    """The real path that is put first on ``sys.path``."""
+    uvicorn: dict[str, Any]
+    """Keyword arguments of ``uvicorn.Config``, without those that the supervisor itself carries out
+    (app, host, port, uds, fd, reload…, workers)."""
+    listeners: tuple[ListenerInfo, ...]
+    notify_socket: str
+    master_socket: str
+    """The master's control socket, to which the public listener passes hot requests on."""
+    control_path: str
+    """Path of the worker's own private socket (already bound; unlinked by the worker when it ends)."""
+    heartbeat_s: float
+    """Interval between two ``WATCHDOG=1``."""
+    idle_grace_s: float
+    stop_timeout_s: float
+    """How long a stop may take when the master is gone and nobody says."""
+    warm_up: tuple[str, ...] = ()
+    health_path: str | None = None
+    token: str | None = None
+    """Bearer token; with one the public listener has the hot endpoints."""
+    operator_drain: str | None = None
+    """``reject`` or ``queue`` if the operator's drain is on when this worker starts."""
+    check_only: bool = False
+    """Start up, warm up, shut down, exit 0: `segue check`."""
+
+
+class WorkerStatus(msgspec.Struct):
+    """``GET /api/v1/hot/status`` on a worker's private socket."""
+
+    pid: int
+    generation: int
+    worker: int
+    mode: WorkerMode
+    draining: bool
+    """The operator's drain is on."""
+    connections: int
+    requests_total: int
+    in_flight: int
+    tasks: int
+    handed_over: int
+    adopted: int
+    closed: int
+    """Connections that a drain had to close (TLS and unmovable ones after their grace, WebSockets with 1012)."""
+    sending_s: float | None
+    """From the start of the last handover until its last idle connection was sent; None while there is none."""
+    max_stall_s: float
+    """The longest that one turn of sending or adopting held this worker's event loop."""
+    handover_cpu_s: float
+    """CPU time that this worker spent on sending connections."""
+    rss_bytes: int
+    cpu_percent: float
+    since: float
+    """Unix time of its start."""
+    listeners: list[str] = []
+    """Addresses that it accepts on now."""

@@ -1,0 +1,98 @@
+"""sd_notify datagrams (sd_notify(3)): from a worker to the master, and from the master to systemd.
+
+A datagram socket queues few messages (``net.unix.max_dgram_qlen``, 10 by default): a sender that blocked would hang
+with a stopped receiver, so nobody here ever blocks; what matters is repeated until it is confirmed. The receiver
+takes the sender's pid from the kernel (SCM_CREDENTIALS), never from the text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+_MAX_BYTES = 8192
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Notifier:
+    """Sends to the socket that ``NOTIFY_SOCKET`` names: a path, or ``@name`` in the abstract namespace."""
+
+    def __init__(self, address: str) -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+
+    def send(self, fields: Mapping[str, object], fds: Iterable[int] = ()) -> bool:
+        """Send ``KEY=value`` lines; False if the receiver is gone or its queue is full."""
+        text = "\n".join(f"{key}={_one_line(str(value))}" for key, value in fields.items())
+        try:
+            socket.send_fds(self._socket, [text.encode()], list(fds), socket.MSG_DONTWAIT, self._address)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._socket.close()
+
+
+class Notification(msgspec.Struct, frozen=True):
+    """One received datagram and the process that the kernel says has sent it."""
+
+    pid: int
+    fields: dict[str, str]
+
+
+class NotifySocket:
+    """The receiving end: bound at `path`, readable by its owner only."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._socket = socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        )
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._socket.bind(path)
+        os.chmod(path, 0o600)
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._socket.fileno()
+
+    def receive(self) -> list[Notification]:
+        """Everything that has arrived; an empty list when nothing has. What isn't text is dropped."""
+        received = []
+        while True:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    _MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC
+                )
+            except (BlockingIOError, InterruptedError):
+                return received
+            pid = 0
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                    pid, _, _ = _CREDENTIALS.unpack(content[: _CREDENTIALS.size])
+                elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    for offset in range(0, len(content) - 3, 4):
+                        os.close(struct.unpack_from("i", content, offset)[0])
+            lines = data.decode(errors="replace").splitlines()
+            fields = dict(line.split("=", 1) for line in lines if "=" in line)
+            if pid and fields:
+                received.append(Notification(pid, fields))
+
+    def close(self) -> None:
+        """Give the socket back and remove its name."""
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
