@@ -1,0 +1,1 @@
+"""What passes between processes: listeners, descriptors, relay, notify, HTTP, messages."""

@@ -114,7 +114,9 @@ async def serve(sock: socket.socket, handler: Handler) -> asyncio.Server:
     return await asyncio.start_server(connected, sock=sock)
 
 
-async def _serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
+async def _serve_connection(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler
+) -> None:
     peer_pid, peer_uid = _peer(writer)
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     while True:
@@ -176,7 +178,11 @@ async def _read_request(
 async def _write(
     writer: asyncio.StreamWriter, connection: h11.Connection, response: Response, close: bool = False
 ) -> None:
-    headers = [*response.headers, ("Content-Length", str(len(response.body))), ("Content-Type", response.content_type)]
+    headers = [
+        *response.headers,
+        ("Content-Length", str(len(response.body))),
+        ("Content-Type", response.content_type),
+    ]
     if close:
         headers.append(("Connection", "close"))
     try:
@@ -194,7 +200,9 @@ def _peer(writer: asyncio.StreamWriter) -> tuple[int | None, int | None]:
     sock = writer.get_extra_info("socket")
     if sock is None or sock.family != socket.AF_UNIX:
         return None, None
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    pid, uid, _ = struct.unpack(
+        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     return pid, uid
 
 
@@ -248,6 +256,4 @@ async def _exchange(
         elif not isinstance(event, h11.InformationalResponse):
             raise h11.RemoteProtocolError("the connection was closed before the answer")
     fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
-    return Response(
-        response.status_code, bytes(body), fields.get("content-type", ""), tuple(fields.items())
-    )
+    return Response(response.status_code, bytes(body), fields.get("content-type", ""), tuple(fields.items()))

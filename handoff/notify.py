@@ -7,11 +7,12 @@ takes the sender's pid from the kernel (SCM_CREDENTIALS), never from the text.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -26,11 +27,13 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
 
-    def send(self, fields: Mapping[str, object], fds: Iterable[int] = ()) -> bool:
+    def send(self, fields: Mapping[str, object], fds: Sequence[int] = ()) -> bool:
         """Send ``KEY=value`` lines; False if the receiver is gone or its queue is full."""
         text = "\n".join(f"{key}={_one_line(str(value))}" for key, value in fields.items())
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            socket.send_fds(self._socket, [text.encode()], list(fds), socket.MSG_DONTWAIT, self._address)
+            # not socket.send_fds: before Python 3.13 it drops flags and address
+            self._socket.sendmsg([text.encode()], rights, socket.MSG_DONTWAIT, self._address)
         except OSError:
             return False
         return True
@@ -67,11 +70,13 @@ class NotifySocket:
 
     def receive(self) -> list[Notification]:
         """Everything that has arrived; an empty list when nothing has. What isn't text is dropped."""
-        received = []
+        received: list[Notification] = []
         while True:
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
-                    _MAX_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC
+                    _MAX_BYTES,
+                    socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(16),
+                    socket.MSG_CMSG_CLOEXEC,
                 )
             except (BlockingIOError, InterruptedError):
                 return received

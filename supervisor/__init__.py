@@ -1,0 +1,1 @@
+"""The master: command line, settings, lifecycle, shell, spawning, control API."""

@@ -1,0 +1,1 @@
+"""What segue promises about speed and size, measured beside plain uvicorn: ``python -m bench``."""

@@ -1,0 +1,162 @@
+"""The relay: open connections on their way from one process to another (SCM_RIGHTS over SOCK_SEQPACKET).
+
+A message is one small JSON header and up to `MAX_BATCH` descriptors. What is in flight outlives sender and reader,
+since the master holds both ends. Two kernel rules shape this module: a reader without room for all descriptors of a
+message loses the rest of them for good (MSG_CTRUNC), so it must not call `receive` without head-room; and what is in
+flight is limited per user by the *sender's* RLIMIT_NOFILE (ETOOMANYREFS), which passes once somebody reads.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import enum
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+import msgspec
+
+VERSION = 1
+MAX_BATCH = 200
+"""Descriptors in one message; the kernel's limit is 253 (SCM_MAX_FD)."""
+SCM_MAX_FD = 253
+_MAX_HEADER_BYTES = 16 * 1024
+_ANCILLARY_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
+_SMALL_LIMIT = 4 * SCM_MAX_FD
+
+NO_TIMER = -1
+"""In `Header.keep_alive_ms`: no keep-alive timer was armed for this connection."""
+
+
+class Refusal(enum.Enum):
+    """Why a message was not sent. Nothing of it was: the connections are still the sender's."""
+
+    FULL = "the relay is full"
+    TOO_MANY = "too many descriptors of this user are in flight"
+    TOO_BIG = "the message is too big"
+    CLOSED = "nobody holds the other end"
+
+
+class Header(msgspec.Struct, frozen=True):
+    """What a message says of its descriptors, in their order."""
+
+    version: int
+    listener: str
+    """Name of the listener that accepted them (`ListenerInfo.name`)."""
+    keep_alive_ms: list[int]
+    """What is left of each one's keep-alive time in milliseconds, or `NO_TIMER`."""
+
+
+class Parcel(msgspec.Struct, frozen=True):
+    """One received message; its descriptors are the receiver's to close."""
+
+    header: Header
+    fds: list[int]
+    lost: int = 0
+    """Descriptors that the kernel closed for want of room (MSG_CTRUNC)."""
+
+
+class MalformedParcelError(Exception):
+    """A message that isn't one of ours; its descriptors have been closed."""
+
+
+class RelayClosedError(Exception):
+    """Nobody holds the sending end any more."""
+
+
+_REFUSALS = {
+    errno.EAGAIN: Refusal.FULL,
+    errno.ENOBUFS: Refusal.FULL,
+    errno.ENOMEM: Refusal.FULL,
+    errno.ETOOMANYREFS: Refusal.TOO_MANY,
+    errno.EMSGSIZE: Refusal.TOO_BIG,
+    errno.EPIPE: Refusal.CLOSED,
+    errno.ECONNRESET: Refusal.CLOSED,
+    errno.ENOTCONN: Refusal.CLOSED,
+}
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Header)
+
+
+def max_batch(limit: int) -> int:
+    """How many descriptors a message may have when processes may have `limit` of them."""
+    return max(1, min(MAX_BATCH, limit // 16))
+
+
+def send(sock: socket.socket, listener: str, fds: Sequence[int], keep_alive_ms: list[int]) -> Refusal | None:
+    """Send connections without ever blocking: None if they are on their way, else why not one of them is.
+
+    Raises OSError for what is a mistake of the caller (EBADF).
+    """
+    data = _encoder.encode(Header(VERSION, listener, keep_alive_ms))
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    try:
+        sock.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError as error:
+        refusal = _REFUSALS.get(error.errno or 0)
+        if refusal is None:
+            raise
+        return refusal
+    return None
+
+
+def needed_room(sock: socket.socket, limit: int) -> int:
+    """How many descriptors must fit before `receive` may be called.
+
+    With a small `limit` a whole message's worth might never be free, so there the next message is looked at first.
+    Another reader may take that one meanwhile; the reserve (`descriptors.reserve`) is larger than the difference,
+    since senders keep to `max_batch`.
+    """
+    if limit >= _SMALL_LIMIT:
+        return SCM_MAX_FD
+    try:
+        # without room for ancillary data the kernel passes no descriptor, and peeking leaves them in place
+        data = sock.recv(_MAX_HEADER_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return max(max_batch(limit), len(_decoder.decode(data).keep_alive_ms))
+    except (OSError, msgspec.MsgspecError):
+        return max_batch(limit)
+
+
+def receive(sock: socket.socket) -> Parcel | None:
+    """Take the next message, or None when there is none.
+
+    Raises `MalformedParcelError`, `RelayClosedError`.
+    """
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(
+            _MAX_HEADER_BYTES, _ANCILLARY_BYTES, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        )
+    except (BlockingIOError, InterruptedError):
+        return None
+    except ConnectionError as error:
+        raise RelayClosedError(str(error)) from error
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if not data and not fds:
+        raise RelayClosedError("end of file")
+    try:
+        header = _decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        close_all(fds)
+        raise MalformedParcelError(
+            f"{len(fds)} descriptors with a header that can't be read: {error}"
+        ) from error
+    lost = len(header.keep_alive_ms) - len(fds)
+    if header.version != VERSION or lost < 0 or (lost > 0 and not flags & socket.MSG_CTRUNC):
+        close_all(fds)
+        raise MalformedParcelError(
+            f"version {header.version}, {len(header.keep_alive_ms)} timers for {len(fds)} descriptors"
+        )
+    return Parcel(header, fds.tolist(), lost)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors that nobody takes."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,86 @@
+"""``segue check``: the verdict that a reload would give, from a throw-away worker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from segue.handoff.messages import NotifyKey
+from segue.handoff.notify import NotifySocket
+from segue.supervisor import settings as config
+from segue.supervisor import snapshot, spawning
+from segue.supervisor.instance import Instance
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Whether the application would start; if not, why, and what it printed."""
+
+    ok: bool
+    reason: str = ""
+    output: str = ""
+    fingerprint: str = ""
+
+
+def check(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Verdict:
+    """Import, start up, warm up and shut down the application in a worker that serves nobody.
+
+    Raises `SettingsError`.
+    """
+    effective = config.load(flags, environ, config.logical_cwd(environ))
+    taken = snapshot.take(effective)
+    with tempfile.TemporaryDirectory(prefix="segue-check-") as directory:
+        return asyncio.run(_check(taken, Instance(directory), environ))
+
+
+async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[str, str]) -> Verdict:
+    spec = msgspec.structs.replace(taken.spec(instance, 1, 1, None), check_only=True)
+    relay = spawning.Relay.create()
+    lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
+    notify = NotifySocket(instance.notify)
+    phase, failure = "boot", ""
+
+    def read() -> None:
+        nonlocal phase, failure
+        for notification in notify.receive():
+            phase = notification.fields.get(NotifyKey.PHASE, phase)
+            failure = notification.fields.get(NotifyKey.FAILED, failure)
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    try:
+        process = spawning.spawn(taken.python, spec, {}, relay, lifeline_read, environ)
+    except spawning.SpawnError as error:
+        return Verdict(ok=False, reason=f"the worker {error}")
+    loop.add_reader(notify.fileno(), read)
+    loop.add_reader(process.pidfd, ended.set)
+    try:
+        timeout = taken.settings.ready_timeout
+        late = False
+        try:
+            async with asyncio.timeout(timeout):
+                await ended.wait()
+        except TimeoutError:
+            late = True
+            process.kill()
+            await ended.wait()
+        read()
+        status = process.reap()
+        if status == 0 and not late:
+            return Verdict(ok=True, fingerprint=taken.fingerprint)
+        reason = spawning.describe_exit(status, failure)
+        if late:
+            reason = f"was not ready within {timeout:g} s (ready-timeout); it was in {phase}"
+        return Verdict(ok=False, reason=f"the worker {reason}", output=process.tail())
+    finally:
+        loop.remove_reader(process.pidfd)
+        loop.remove_reader(notify.fileno())
+        process.close()
+        notify.close()
+        relay.close()
+        os.close(lifeline_read)
+        os.close(lifeline_write)

@@ -1,0 +1,293 @@
+"""The command line: ``segue serve`` and what steers it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import click
+from segue.supervisor.options import serve_options
+
+from segue import __version__
+from segue.handoff.messages import HOT
+from segue.supervisor import exits
+from segue.supervisor.exits import Status
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_STOP_BUDGET_S = 30.0
+
+
+def _fail(message: str, status: Status) -> NoReturn:
+    click.echo(f"segue: {message}", err=True)
+    sys.exit(status)
+
+
+def _instance_options(command: _F) -> _F:
+    for option in (
+        click.option("--name", default=None, help="The instance; needed only if several run."),
+        click.option(
+            "--runtime-dir", default=None, help="Where instances live; default: where `serve` puts them."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _find(runtime_dir: str | None, name: str | None) -> Any:
+    from segue.supervisor.instance import InstanceError, find
+
+    try:
+        return find(runtime_dir, name, os.environ)
+    except InstanceError as error:
+        _fail(str(error), Status.INSTANCE)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="segue")
+def cli() -> None:
+    """Serve an ASGI application, and change everything in it without a client noticing."""
+
+
+@cli.command(epilog=exits.SERVE_EPILOG)
+@serve_options
+def serve(**flags: Any) -> None:
+    """Serve APP (module:attribute); without APP a small built-in application."""
+    from segue.supervisor.serve import StartError
+    from segue.supervisor.serve import serve as run
+
+    try:
+        sys.exit(run(flags, os.environ))
+    except StartError as error:
+        _fail(str(error), error.status)
+
+
+@cli.command(epilog=exits.CHECK_EPILOG)
+@serve_options
+def check(**flags: Any) -> None:
+    """Import, start and warm up APP in a throw-away worker: the verdict that a reload would give."""
+    from segue.supervisor.settings import SettingsError
+
+    from segue.supervisor.check import check as run
+
+    try:
+        verdict = run(flags, os.environ)
+    except SettingsError as error:
+        _fail(str(error), Status.USAGE)
+    if verdict.ok:
+        click.echo(f"ok: it would start (fingerprint {verdict.fingerprint})")
+        return
+    click.echo(f"refused: {verdict.reason}", err=True)
+    _echo_output(verdict.output)
+    sys.exit(Status.NOT_STARTED)
+
+
+@cli.command(epilog=exits.EPILOG)
+@click.option(
+    "--running", is_flag=True, help="What the running instance's current generation was started with."
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@serve_options
+def config(running: bool, as_json: bool, **flags: Any) -> None:
+    """Print each effective setting and where it comes from."""
+    from segue.supervisor import settings
+
+    if running:
+        _config_running(flags, as_json)
+        return
+    try:
+        effective = settings.load(flags, os.environ, settings.logical_cwd(os.environ))
+    except settings.SettingsError as error:
+        _fail(str(error), Status.USAGE)
+    click.echo(settings.show(effective, as_json))
+
+
+def _config_running(flags: dict[str, Any], as_json: bool) -> None:
+    from segue.supervisor import settings
+
+    running = _ask_get(_find(flags.get("runtime_dir"), flags.get("name")), f"{HOT}/config")
+    if as_json:
+        click.echo(json.dumps(running, indent=2))
+        return
+    effective = settings.load(flags, os.environ, settings.logical_cwd(os.environ))
+    here = json.loads(settings.show(effective, as_json=True))
+    for key in sorted(running):
+        value, source = running[key]["value"], running[key]["source"]
+        other = here.get(key, {}).get("value")
+        differs = "" if other == value else f"   (here: {other!r})"
+        click.echo(f"{key:32} {value!r:32} {source}{differs}")
+
+
+@cli.command(epilog=exits.EPILOG)
+@_instance_options
+@click.option(
+    "--wait",
+    type=click.Choice(["serving", "drained"]),
+    default="serving",
+    show_default=True,
+    help="Return when the new generation serves, or when the old ones have ended, too.",
+)
+@click.option("--no-wait", is_flag=True, help="Return at once.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
+def reload(
+    name: str | None, runtime_dir: str | None, wait: str, no_wait: bool, timeout: float | None, as_json: bool
+) -> None:
+    """Start a new generation and move every connection to it; refused if it does not get ready."""
+    operation = _change(
+        _find(runtime_dir, name), f"{HOT}/reload", no_wait, timeout, as_json, drained=wait == "drained"
+    )
+    seconds = sum(seconds for phase, seconds in operation["phases"].items() if phase != "queued")
+    click.echo(f"generation {operation['generation']} serves ({seconds:.2f} s)")
+
+
+@cli.command(epilog=exits.EPILOG)
+@_instance_options
+@click.argument("workers", type=click.IntRange(min=1))
+@click.option("--no-wait", is_flag=True, help="Return at once.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
+def scale(
+    name: str | None,
+    runtime_dir: str | None,
+    workers: int,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Run WORKERS workers from now on, until the setting itself is changed."""
+    _change(_find(runtime_dir, name), f"{HOT}/scale?workers={workers}", no_wait, timeout, as_json)
+    click.echo(f"{workers} workers serve")
+
+
+@cli.group()
+def drain() -> None:
+    """The operator's drain: new work is refused or held, and readiness is off."""
+
+
+@drain.command("start", epilog=exits.EPILOG)
+@_instance_options
+@click.option("--mode", type=click.Choice(["reject", "queue"]), default="reject", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
+def drain_start(name: str | None, runtime_dir: str | None, mode: str, as_json: bool) -> None:
+    """Begin it in every worker, and in those to come."""
+    _change(_find(runtime_dir, name), f"{HOT}/drain/start?mode={mode}", False, None, as_json)
+    click.echo(f"draining ({mode})")
+
+
+@drain.command("stop", epilog=exits.EPILOG)
+@_instance_options
+@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
+def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None:
+    """End it."""
+    _change(_find(runtime_dir, name), f"{HOT}/drain/stop", False, None, as_json)
+    click.echo("not draining")
+
+
+@cli.command(epilog=exits.EPILOG)
+@_instance_options
+@click.option("--now", is_flag=True, help="At once: what is in flight is cut off.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
+def stop(name: str | None, runtime_dir: str | None, now: bool, timeout: float | None) -> None:
+    """Stop the instance; also workers that have lost their master."""
+    from segue.supervisor.client import stop_orphans
+
+    instance = _find(runtime_dir, name)
+    if instance.locked_by() is None:
+        pids = stop_orphans(instance, 0.0 if now else (timeout or _STOP_BUDGET_S))
+        click.echo(f"stopped {len(pids)} workers that had lost their master")
+        return
+    _change(instance, f"{HOT}/stop" + ("?now=1" if now else ""), False, timeout, False)
+    click.echo("stopped")
+
+
+@cli.command(epilog=exits.EPILOG)
+@_instance_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status(name: str | None, runtime_dir: str | None, as_json: bool) -> None:
+    """Show generations, workers, listeners and the last reloads."""
+    from segue.supervisor.client import orphans
+    from segue.supervisor.table import orphan_table, status_table
+
+    instance = _find(runtime_dir, name)
+    if instance.locked_by() is None:
+        workers = orphans(instance)
+        if not workers:
+            _fail(f"instance {instance.name!r} does not run ({instance.directory})", Status.INSTANCE)
+        click.echo(
+            json.dumps({"master": None, "workers": workers}, indent=2) if as_json else orphan_table(workers)
+        )
+        return
+    document = _ask_get(instance, f"{HOT}/status")
+    click.echo(json.dumps(document, indent=2) if as_json else status_table(document))
+
+
+def _ask_get(instance: Any, target: str) -> Any:
+    from segue.supervisor.client import get
+    from segue.supervisor.instance import InstanceError
+
+    try:
+        answer = get(instance, target)
+    except InstanceError as error:
+        _fail(str(error), Status.INSTANCE)
+    if answer.status >= 400:
+        _fail(answer.json()["detail"], Status.REFUSED)
+    return answer.json()
+
+
+def _change(
+    instance: Any, target: str, no_wait: bool, timeout: float | None, as_json: bool, drained: bool = False
+) -> dict[str, Any]:
+    """Ask for a change, show its phases, and end the program unless it was done."""
+    from segue.supervisor.client import follow, post
+    from segue.supervisor.instance import InstanceError
+
+    shown: list[str] = []
+
+    def on_phase(phase: str) -> None:
+        if sys.stderr.isatty() and (not shown or shown[-1] != phase):
+            click.echo(f"{phase} …", err=True)
+            shown.append(phase)
+
+    try:
+        operation = post(instance, target)
+        if no_wait and operation["id"] is not None:
+            click.echo(
+                json.dumps(operation, indent=2) if as_json else f"operation {operation['id']} has begun"
+            )
+            sys.exit(Status.OK)
+        operation = follow(instance, operation, on_phase, drained=drained, timeout_s=timeout)
+    except InstanceError as error:
+        _fail(str(error), Status.INSTANCE)
+    if as_json:
+        click.echo(json.dumps(operation, indent=2))
+    for note in operation.get("notes", ()):
+        click.echo(f"note: {note}", err=True)
+    if operation["outcome"] == "refused":
+        click.echo(f"refused: {operation['reason']}", err=True)
+        _echo_output(operation["output"])
+        sys.exit(Status.REFUSED)
+    if operation["outcome"] is None or (drained and not operation["drained"]):
+        click.echo(f"still in phase {operation['phase']} (operation {operation['id']})", err=True)
+        sys.exit(Status.LATE)
+    if as_json:
+        sys.exit(Status.OK)
+    return operation
+
+
+def _echo_output(output: str) -> None:
+    if output:
+        click.echo("last lines of its output:", err=True)
+        for line in output.splitlines():
+            click.echo(f"    | {line}", err=True)
+
+
+def main() -> None:
+    """The program's entry point."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What commands say to a running instance, and to workers that have lost their master."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from segue.handoff.http import CallError, Response, call
+from segue.handoff.messages import HOT
+from segue.supervisor.instance import Instance, InstanceError
+
+READ_TIMEOUT_S = 10.0
+_POLL_S = 20.0
+_KILL_GRACE_S = 10.0
+
+
+def get(instance: Instance, target: str) -> Response:
+    """One request that changes nothing. Raises `InstanceError` when nobody answers."""
+    return _call(instance, "GET", target, READ_TIMEOUT_S)
+
+
+def post(instance: Instance, target: str) -> dict[str, Any]:
+    """Ask for a change and return the operation's document at once. Raises `InstanceError`."""
+    joiner = "&" if "?" in target else "?"
+    answer = _call(instance, "POST", f"{target}{joiner}wait=0", READ_TIMEOUT_S)
+    document: dict[str, Any] = answer.json()
+    if answer.status >= 400:
+        return {"outcome": "refused", "reason": document.get("detail", ""), "output": "", "id": None}
+    return document
+
+
+def follow(
+    instance: Instance,
+    operation: dict[str, Any],
+    on_phase: Callable[[str], None],
+    *,
+    drained: bool = False,
+    timeout_s: float | None = None,
+) -> dict[str, Any]:
+    """Wait for an operation's outcome, telling each phase. Returns its last document; see ``outcome`` and ``drained``."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        done = operation["outcome"] is not None and (
+            operation["outcome"] != "ok" or not drained or operation["drained"]
+        )
+        left = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
+        if done or left <= 0:
+            return operation
+        on_phase(operation["phase"])
+        target = f"{HOT}/operations/{operation['id']}?wait={left:.3f}&phase={operation['phase'].replace(' ', '%20')}"
+        if drained:
+            target += "&until=drained"
+        operation = _call(instance, "GET", target, left + READ_TIMEOUT_S).json()
+
+
+def orphans(instance: Instance) -> list[dict[str, Any]]:
+    """The status of each worker that answers on its own socket, for when there is no master to ask."""
+    found = []
+    for path in instance.worker_sockets():
+        try:
+            answer = asyncio.run(call(path, "GET", f"{HOT}/status", timeout_s=READ_TIMEOUT_S))
+        except CallError:
+            continue
+        found.append(answer.json() | {"control": path})
+    return found
+
+
+def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
+    """End the workers that have lost their master, gracefully within `budget_s`, then by force; returns their pids."""
+    pidfds: dict[int, int] = {}
+    for worker in orphans(instance):
+        try:
+            pidfds[worker["pid"]] = os.pidfd_open(worker["pid"])
+            asyncio.run(
+                call(worker["control"], "POST", f"{HOT}/stop?timeout={budget_s:g}", timeout_s=READ_TIMEOUT_S)
+            )
+        except (CallError, ProcessLookupError):
+            continue
+    deadline = time.monotonic() + budget_s + _KILL_GRACE_S
+    for pidfd in pidfds.values():
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            poll.poll(1000)
+        os.close(pidfd)
+    for path in instance.worker_sockets():
+        os.unlink(path)
+    return list(pidfds)
+
+
+def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Response:
+    try:
+        return asyncio.run(
+            call(instance.control, method, target, timeout_s=timeout_s, headers={"X-Segue-Asked-By": _who()})
+        )
+    except CallError as error:
+        if instance.locked_by() is None:
+            raise InstanceError(f"instance {instance.name!r} has no master ({instance.directory})") from error
+        raise InstanceError(f"the master of instance {instance.name!r} does not answer: {error}") from error
+
+
+def _who() -> str:
+    user = os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.getuid())
+    return f"{user} (pid {os.getpid()})"

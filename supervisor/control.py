@@ -1,0 +1,210 @@
+"""The master's control API: HTTP on the instance's Unix socket, and on ``--admin`` with a bearer token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import os
+import socket
+from collections.abc import Callable
+
+from segue.handoff.http import Request, Response, Router, json_response, problem, serve
+from segue.handoff.messages import HOT
+from segue.supervisor.master import Master
+from segue.supervisor.operations import Operation
+from segue.supervisor.status import status
+
+MAX_WAIT_S = 24 * 3600.0
+MAX_WORKERS = 1024
+DRAIN_MODES = ("reject", "queue")
+_OPEN_TO_ALL = frozenset({"/livez", "/readyz", f"{HOT}/status"})
+_WAITING_FOR_START = "the first generation has not started yet"
+
+
+class Control:
+    """Answers requests about one master."""
+
+    def __init__(self, master: Master) -> None:
+        self._master = master
+        self._servers: list[asyncio.Server] = []
+        self._router = Router(
+            {
+                ("GET", "/livez"): self._livez,
+                ("GET", "/readyz"): self._readyz,
+                ("GET", f"{HOT}/status"): self._status,
+                ("GET", f"{HOT}/config"): self._config,
+                ("GET", f"{HOT}/operations/*"): self._operation,
+                ("POST", f"{HOT}/reload"): self._reload,
+                ("POST", f"{HOT}/drain/start"): self._drain_start,
+                ("POST", f"{HOT}/drain/stop"): self._drain_stop,
+                ("POST", f"{HOT}/scale"): self._scale,
+                ("POST", f"{HOT}/stop"): self._stop,
+            }
+        )
+
+    async def listen(self) -> None:
+        """Serve the control socket: mode 0600, and the peer's user is checked besides."""
+        path = self._master.instance.control
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.setblocking(False)
+        self._servers.append(await serve(sock, self._on_socket))
+
+    async def listen_admin(self, sock: socket.socket) -> None:
+        """Serve ``--admin`` on a bound TCP socket."""
+        sock.setblocking(False)
+        self._servers.append(await serve(sock, self._on_admin))
+
+    def close(self) -> None:
+        """Stop listening."""
+        for server in self._servers:
+            server.close()
+
+    async def _on_socket(self, request: Request) -> Response:
+        if request.peer_uid not in {os.geteuid(), 0}:
+            return problem(
+                403, f"user {request.peer_uid} may not control this instance; be user {os.geteuid()} or root"
+            )
+        return await self._answer(request)
+
+    async def _on_admin(self, request: Request) -> Response:
+        if not (request.method in {"GET", "HEAD"} and request.path in _OPEN_TO_ALL):
+            refusal = _check_token(request, self._master.token)
+            if refusal is not None:
+                return refusal
+        return await self._answer(request)
+
+    async def _answer(self, request: Request) -> Response:
+        task = asyncio.current_task()
+        if task is not None:
+            task.set_name("control-answer")  # an exiting master waits for it
+        try:
+            return await self._router(request)
+        except ValueError as error:
+            return problem(400, str(error))
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    async def _livez(self, _: Request) -> Response:
+        return json_response({"alive": True})
+
+    async def _readyz(self, _: Request) -> Response:
+        state = self._master.state
+        if state.ready:
+            return json_response({"ready": True, "generation": state.current})
+        if state.stopping is not None:
+            why = "segue is stopping"
+        elif state.drain_mode is not None:
+            why = f"the operator's drain is on (mode {state.drain_mode})"
+        else:
+            why = "no worker of an active generation accepts"
+        return problem(503, why, ready=False)
+
+    async def _status(self, _: Request) -> Response:
+        return json_response(await status(self._master))
+
+    async def _config(self, _: Request) -> Response:
+        taken = self._master.snapshots.get(self._master.state.current or 0)
+        if taken is None:
+            return problem(503, _WAITING_FOR_START)
+        from segue.supervisor.settings import show
+
+        return Response(200, show(taken.effective, as_json=True).encode() + b"\n")
+
+    async def _operation(self, request: Request) -> Response:
+        number = request.query["*"]
+        operation = self._master.operations.get(int(number)) if number.isdigit() else None
+        if operation is None:
+            return problem(404, f"there is no operation {number}; the last 100 are kept")
+        wait = _seconds(request, "wait", 0.0)
+        await operation.wait(wait, drained=_drained(request), phase=request.query.get("phase"))
+        return json_response(operation.document())
+
+    # ------------------------------------------------------------------------------------------------ changing
+
+    async def _reload(self, request: Request) -> Response:
+        return await self._ask(request, self._master.ask_reload)
+
+    async def _scale(self, request: Request) -> Response:
+        workers = request.query.get("workers", "")
+        if not workers.isdigit() or not 1 <= int(workers) <= MAX_WORKERS:
+            return problem(400, f"scale takes ?workers=N with N from 1 to {MAX_WORKERS}, not {workers!r}")
+        if self._master.state.change is not None:
+            return problem(423, "a reload is running; try again when it has ended")
+        return await self._ask(request, lambda by: self._master.ask_scale(by, int(workers)))
+
+    async def _drain_start(self, request: Request) -> Response:
+        mode = request.query.get("mode", DRAIN_MODES[0])
+        if mode not in DRAIN_MODES:
+            return problem(
+                400, f"drain takes ?mode={' or '.join(DRAIN_MODES)}, not {mode!r}", known=DRAIN_MODES
+            )
+        return await self._ask(request, lambda by: self._master.ask_drain(by, mode))
+
+    async def _drain_stop(self, request: Request) -> Response:
+        return await self._ask(request, lambda by: self._master.ask_drain(by, None))
+
+    async def _stop(self, request: Request) -> Response:
+        at_once = request.query.get("now", "0") not in {"0", "false", ""}
+        return await self._ask(request, lambda by: self._master.ask_stop(by, at_once))
+
+    async def _ask(self, request: Request, ask: Callable[[str], Operation]) -> Response:
+        wait = _seconds(request, "wait", MAX_WAIT_S)
+        drained = _drained(request)
+        operation = ask(_who(request))
+        location = {"Location": f"{HOT}/operations/{operation.number}"}
+        if wait == 0:
+            return json_response(operation.document(), 202, location)
+        await operation.wait(wait, drained=drained)
+        document = operation.document()
+        if operation.ok is None or (operation.ok and drained and not operation.drained):
+            return problem(
+                504,
+                f"the {operation.kind} goes on (phase {operation.phase}); {location['Location']} tells its outcome",
+                location,
+                operation=document,
+            )
+        if not operation.ok:
+            return problem(409, operation.reason, location, operation=document)
+        return json_response(document, 200, location)
+
+
+def _who(request: Request) -> str:
+    if request.peer_pid is None:
+        return "admin listener"
+    return request.headers.get("x-segue-asked-by") or f"pid {request.peer_pid}"
+
+
+def _seconds(request: Request, key: str, default: float) -> float:
+    text = request.query.get(key)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= MAX_WAIT_S:
+        raise ValueError(f"?{key}= takes seconds from 0 to {MAX_WAIT_S:g}, not {text!r}")
+    return value
+
+
+def _drained(request: Request) -> bool:
+    until = request.query.get("until", "serving")
+    if until not in {"serving", "drained"}:
+        raise ValueError(f"?until= takes serving or drained, not {until!r}")
+    return until == "drained"
+
+
+def _check_token(request: Request, token: str | None) -> Response | None:
+    if token is None:
+        return problem(403, "this needs a token, and segue serves without --token-file")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    digests = [hashlib.sha256(text.strip().encode()).digest() for text in (given, token)]
+    if scheme.lower() != "bearer" or not hmac.compare_digest(*digests):
+        return problem(401, "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="segue"'})
+    return None

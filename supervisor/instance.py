@@ -1,0 +1,238 @@
+"""An instance's place in the file system: its directory, its lock, and how commands find it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+CONTROL = "control.sock"
+NOTIFY = "notify.sock"
+LOCK = "master.lock"
+_MAX_SOCKET_PATH = 107
+"""Bytes in ``sun_path`` less the closing zero, unix(7)."""
+_LONGEST_NAME = len("g99999w9999.sock")
+
+
+class InstanceError(Exception):
+    """The instance can't be had; the message says why and what to do."""
+
+
+class LockedError(InstanceError):
+    """Another master runs under this name."""
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Who holds the lock, as written into it."""
+
+    pid: int
+    binds: list[str] = []
+
+
+class Instance:
+    """The directory of one instance: ``RUNTIME_DIR/NAME``, mode 0700, its sockets and its lock."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._lock: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its last component."""
+        return os.path.basename(self.directory)
+
+    @property
+    def control(self) -> str:
+        """The master's control socket."""
+        return os.path.join(self.directory, CONTROL)
+
+    @property
+    def notify(self) -> str:
+        """The socket to which workers report."""
+        return os.path.join(self.directory, NOTIFY)
+
+    def worker_socket(self, generation: int, worker: int) -> str:
+        """The private socket of a worker."""
+        return os.path.join(self.directory, f"g{generation}w{worker}.sock")
+
+    def worker_sockets(self) -> list[str]:
+        """Those that exist, of workers that run and of ones that were killed."""
+        return sorted(glob.glob(os.path.join(glob.escape(self.directory), "g*w*.sock")))
+
+    def create(self) -> None:
+        """Make the directory and everything above it. Raises `InstanceError` if it isn't private."""
+        parent = os.path.dirname(self.directory)
+        if len(os.fsencode(self.directory)) + 1 + _LONGEST_NAME > _MAX_SOCKET_PATH:
+            raise InstanceError(
+                f"the runtime directory {self.directory} is too long for Unix sockets "
+                f"({_MAX_SOCKET_PATH} bytes with their names): choose a shorter --runtime-dir"
+            )
+        try:
+            if not os.path.isdir(parent):
+                os.makedirs(parent, mode=0o700)
+            check_private(parent)
+            if not os.path.isdir(self.directory):
+                os.mkdir(self.directory, 0o700)
+            check_private(self.directory)
+        except OSError as error:
+            raise InstanceError(
+                f"cannot use the runtime directory {self.directory}: {error.strerror}: {error.filename}; "
+                "choose another with --runtime-dir"
+            ) from error
+
+    def lock(self, binds: list[str]) -> None:
+        """Become the master of this instance, for as long as this process lives (flock(2)).
+
+        Raises `LockedError` that names who is.
+        """
+        path = os.path.join(self.directory, LOCK)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = read_owner(fd)
+            os.close(fd)
+            if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+                raise InstanceError(f"cannot lock {path}: {error.strerror}") from error
+            who = f"pid {owner.pid}, listening on {', '.join(owner.binds)}" if owner else "another process"
+            raise LockedError(
+                f"instance {self.name!r} runs already ({who}; {self.directory}): "
+                "use 'segue reload' to renew it, 'segue stop' to end it, or another --name"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, msgspec.json.encode(Owner(os.getpid(), binds)), 0)
+        self._lock = fd
+
+    def locked_by(self) -> Owner | None:
+        """Who is master now; None if nobody is."""
+        try:
+            fd = os.open(os.path.join(self.directory, LOCK), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return read_owner(fd) or Owner(0)
+        finally:
+            os.close(fd)
+        return None
+
+    def release(self) -> None:
+        """Remove what a clean stop leaves behind. The lock file stays: removing it would split the lock."""
+        for path in (self.control, self.notify):
+            Path(path).unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def read_owner(fd: int) -> Owner | None:
+    """What the holder of the lock wrote into it."""
+    try:
+        return msgspec.json.decode(os.pread(fd, 65536, 0), type=Owner)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def check_private(path: str) -> None:
+    """Raise `InstanceError` unless `path` is a directory of this user (or root's) that nobody else can write to."""
+    found = os.stat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise InstanceError(f"{path} is not a directory: choose another --runtime-dir")
+    if found.st_uid not in {os.geteuid(), 0}:
+        raise InstanceError(
+            f"{path} belongs to user {found.st_uid}: choose another --runtime-dir, or be that user"
+        )
+    if found.st_mode & 0o022:
+        raise InstanceError(
+            f"{path} can be written to by others (mode {stat.S_IMODE(found.st_mode):04o}): "
+            f"'chmod go-w {path}', or choose another --runtime-dir"
+        )
+
+
+def default_runtime_dir(environ: Mapping[str, str]) -> str:
+    """Where a master puts its instances when nobody says."""
+    if environ.get("RUNTIME_DIRECTORY"):
+        return environ["RUNTIME_DIRECTORY"].split(":")[0]
+    if environ.get("XDG_RUNTIME_DIR"):
+        return os.path.join(environ["XDG_RUNTIME_DIR"], "segue")
+    return _temporary()
+
+
+def _temporary() -> str:
+    return os.path.join(tempfile.gettempdir(), f"segue-{os.geteuid()}")
+
+
+def search_path(runtime_dir: str | None, environ: Mapping[str, str]) -> list[str]:
+    """Where commands look for instances, in order. What was named explicitly is the only place."""
+    explicit = runtime_dir or environ.get("SEGUE_RUNTIME_DIR")
+    if explicit:
+        return [os.path.abspath(explicit)]
+    places = [
+        environ.get("RUNTIME_DIRECTORY", "").split(":")[0],
+        "/run/segue",
+        *sorted(glob.glob("/run/segue-*")),
+    ]
+    if environ.get("XDG_RUNTIME_DIR"):
+        places.append(os.path.join(environ["XDG_RUNTIME_DIR"], "segue"))
+    places.append(_temporary())
+    return [place for place in dict.fromkeys(places) if place]
+
+
+def find(runtime_dir: str | None, name: str | None, environ: Mapping[str, str]) -> Instance:
+    """The one instance that fits: running, or with workers that have lost their master.
+
+    Raises `InstanceError`: none, several (it lists them), or not ours to read (it says who may).
+    """
+    places = search_path(runtime_dir, environ)
+    found: list[Instance] = []
+    for place in places:
+        try:
+            entries = sorted(os.listdir(place))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:
+            raise InstanceError(_denied(place)) from None
+        for entry in entries:
+            if name is not None and entry != name:
+                continue
+            instance = Instance(os.path.join(place, entry))
+            try:
+                names = os.listdir(instance.directory)
+            except NotADirectoryError:
+                continue
+            except PermissionError:
+                raise InstanceError(_denied(instance.directory)) from None
+            if CONTROL in names or instance.worker_sockets():
+                found.append(instance)
+    live = [instance for instance in found if instance.locked_by() is not None] or found
+    if len(live) == 1:
+        return live[0]
+    wanted = f"instance {name!r}" if name else "instance"
+    if not live:
+        raise InstanceError(
+            f"no {wanted} of segue runs here (looked in {', '.join(places)}); see --runtime-dir"
+        )
+    listing = "".join(f"\n  --runtime-dir {os.path.dirname(i.directory)} --name {i.name}" for i in live)
+    raise InstanceError(f"several instances fit; say which:{listing}")
+
+
+def _denied(path: str) -> str:
+    try:
+        uid = os.stat(path).st_uid
+    except OSError:
+        return f"{path}: permission denied; be root"
+    import pwd
+
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    return f"{path}: permission denied; be user {user} (try: sudo -u {user} segue …) or root"

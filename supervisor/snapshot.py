@@ -1,0 +1,101 @@
+"""What one generation is made from: settings read anew, directories resolved anew, its fingerprint."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from segue.handoff.listeners import Listener
+from segue.handoff.messages import WorkerSpec
+from segue.supervisor import settings as config
+from segue.supervisor.fingerprint import fingerprint
+from segue.supervisor.instance import Instance
+from segue.supervisor.model import Limits
+from segue.supervisor.spawning import resolve_interpreter
+
+HEARTBEATS_PER_TIMEOUT = 3
+"""How many heartbeats a worker sends within the time after which its silence counts as a hang."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Settings and paths as they were when a generation was started. Paths are real ones."""
+
+    effective: config.Effective
+    working_dir: str
+    app_dir: str
+    python: str
+    token: str | None
+    fingerprint: str
+    listeners: tuple[Listener, ...] = ()
+    workers: int = 1
+
+    @property
+    def settings(self) -> config.Settings:
+        """Its effective settings."""
+        return self.effective.settings
+
+    @property
+    def limits(self) -> Limits:
+        """Its deadlines."""
+        settings = self.settings
+        return Limits(
+            ready_timeout=settings.ready_timeout,
+            drain_timeout=settings.drain_timeout,
+            stop_timeout=settings.timeout_graceful_shutdown,
+            heartbeat_timeout=settings.heartbeat_timeout,
+        )
+
+    def fingerprint_now(self) -> str:
+        """The fingerprint of what is on disk at this moment. Reads files: not for the event loop."""
+        return _fingerprint(self.settings, self.app_dir, self.python)
+
+    def spec(self, instance: Instance, generation: int, worker: int, drain_mode: str | None) -> WorkerSpec:
+        """What worker number `worker` is told."""
+        settings = self.settings
+        return WorkerSpec(
+            instance=instance.name,
+            generation=generation,
+            worker=worker,
+            app=settings.app,
+            working_dir=self.working_dir,
+            app_dir=self.app_dir,
+            uvicorn=settings.uvicorn,
+            listeners=tuple(listener.info for listener in self.listeners),
+            notify_socket=instance.notify,
+            master_socket=instance.control,
+            control_path=instance.worker_socket(generation, worker),
+            heartbeat_s=settings.heartbeat_timeout / HEARTBEATS_PER_TIMEOUT,
+            idle_grace_s=settings.idle_grace,
+            stop_timeout_s=settings.timeout_graceful_shutdown,
+            warm_up=settings.warm_up,
+            health_path=settings.health_path,
+            token=self.token,
+            operator_drain=drain_mode,
+        )
+
+
+def take(effective: config.Effective) -> Snapshot:
+    """Resolve and read everything else that a generation needs.
+
+    Reads files: not for the event loop. Raises `SettingsError`.
+    """
+    settings = effective.settings
+    for key, path in (("the working directory", settings.base_dir), ("app-dir", settings.app_dir)):
+        if not os.path.isdir(path):
+            raise config.SettingsError(f"{key} {path} is not a directory")
+    app_dir = os.path.realpath(settings.app_dir)
+    python = resolve_interpreter(settings.python)
+    return Snapshot(
+        effective=effective,
+        working_dir=os.path.realpath(settings.base_dir),
+        app_dir=app_dir,
+        python=python,
+        token=config.read_token(settings.token_file) if settings.token_file else None,
+        fingerprint=_fingerprint(settings, app_dir, python),
+    )
+
+
+def _fingerprint(settings: config.Settings, app_dir: str, python: str) -> str:
+    relevant = msgspec.json.encode([settings.app, settings.factory, settings.uvicorn, settings.warm_up])
+    return fingerprint(app_dir, python, relevant)

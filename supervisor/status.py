@@ -1,0 +1,126 @@
+"""``GET /api/v1/hot/status`` of the master: what it knows itself, and what its workers say within a short deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import msgspec
+import psutil
+
+from segue import __version__
+from segue.handoff.http import CallError, call
+from segue.handoff.messages import HOT, WorkerStatus
+from segue.supervisor.master import Master
+
+WORKER_TIMEOUT_S = 1.0
+"""How long a worker may take to tell; a silent one is shown without figures."""
+_RELOADS_SHOWN = 20
+
+_UNKNOWN: dict[str, Any] = {
+    "rss_bytes": None,
+    "cpu_percent": None,
+    "connections": None,
+    "requests_total": None,
+    "in_flight": None,
+}
+
+
+async def status(master: Master) -> dict[str, Any]:
+    """The whole document."""
+    keys = list(master.children)
+    answers = await asyncio.gather(*(_ask(master.children[key].process.control_path) for key in keys))
+    told = dict(zip(keys, answers, strict=True))
+    state = master.state
+    process = psutil.Process()
+    return {
+        "instance": master.instance.name,
+        "ready": state.ready,
+        "draining": state.drain_mode is not None,
+        "drain_mode": state.drain_mode,
+        "stopping": state.stopping is not None,
+        "services_initialized": {},
+        "hsp": None,
+        "mcp": None,
+        "metrics": {},
+        "current": state.current,
+        "generations": [_generation(master, number, told) for number in sorted(state.generations)],
+        "master": {
+            "pid": os.getpid(),
+            "started": master.started,
+            "version": __version__,
+            "rss_bytes": process.memory_info().rss,
+            "descriptors": process.num_fds(),
+        },
+        "reloads": [_reload(o.document()) for o in master.operations.last("reload", _RELOADS_SHOWN)],
+        "listeners": listeners(master),
+    }
+
+
+def listeners(master: Master) -> list[dict[str, Any]]:
+    """The public addresses of the current generation."""
+    taken = master.snapshots.get(master.state.current or 0)
+    if taken is None:
+        return []
+    return [msgspec.to_builtins(listener.info) | {"bind": listener.bind} for listener in taken.listeners]
+
+
+async def _ask(path: str) -> WorkerStatus | str:
+    try:
+        answer = await call(path, "GET", f"{HOT}/status", timeout_s=WORKER_TIMEOUT_S)
+        return msgspec.json.decode(answer.body, type=WorkerStatus)
+    except (CallError, msgspec.DecodeError) as error:
+        return str(error)
+
+
+def _generation(
+    master: Master, number: int, told: dict[tuple[int, int], WorkerStatus | str]
+) -> dict[str, Any]:
+    generation = master.state.generations[number]
+    taken = master.snapshots.get(number)
+    return {
+        "id": number,
+        "state": generation.state,
+        "current": number == master.state.current,
+        "since": _wall(generation.since),
+        "fingerprint": taken.fingerprint if taken else None,
+        "app_dir": taken.app_dir if taken else None,
+        "workers_wanted": generation.target,
+        "workers_missing": generation.missing,
+        "reason": generation.reason,
+        "workers": [
+            _worker(master, number, worker.id, str(worker.state), told.get((number, worker.id), "not asked"))
+            for worker in generation.workers.values()
+        ],
+    }
+
+
+def _worker(
+    master: Master, generation: int, worker: int, state: str, told: WorkerStatus | str
+) -> dict[str, Any]:
+    child = master.children.get((generation, worker))
+    document: dict[str, Any] = {
+        "id": worker,
+        "pid": child.process.pid if child else None,
+        "state": state,
+        "control": child.process.control_path if child else None,
+    }
+    if isinstance(told, str):
+        return document | _UNKNOWN | {"unknown_because": told}
+    figures = msgspec.to_builtins(told)
+    return document | {
+        key: value for key, value in figures.items() if key not in {"pid", "generation", "worker"}
+    }
+
+
+def _reload(document: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "number": document["id"],
+        **{key: value for key, value in document.items() if key not in {"id", "kind"}},
+    }
+
+
+def _wall(monotonic: float) -> float:
+    return time.time() - (time.monotonic() - monotonic)

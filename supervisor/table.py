@@ -1,0 +1,114 @@
+"""``segue status`` for a person."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_RELOADS_SHOWN = 5
+
+
+def status_table(document: dict[str, Any]) -> str:
+    """The master's status as text."""
+    master = document["master"]
+    head = "ready" if document["ready"] else "NOT READY"
+    if document["stopping"]:
+        head += ", stopping"
+    if document["draining"]:
+        head += f", draining ({document['drain_mode']})"
+    lines = [
+        f"instance {document['instance']}: {head}",
+        f"master   pid {master['pid']}, segue {master['version']}, up {_age(master['started'])}, {_mib(master['rss_bytes'])}",
+        "listens  " + (", ".join(listener["address"] for listener in document["listeners"]) or "nowhere yet"),
+        "",
+    ]
+    rows = []
+    for generation in document["generations"]:
+        for worker in generation["workers"] or [{}]:
+            rows.append(
+                [
+                    str(generation["id"]),
+                    generation["state"] + ("" if not generation["workers_missing"] else " (short)"),
+                    str(generation["fingerprint"] or ""),
+                    *_worker_cells(worker),
+                ]
+            )
+    lines += _columns(["GEN", "STATE", "CODE", *_WORKER_HEADS], rows)
+    if document["reloads"]:
+        lines += [
+            "",
+            *_columns(["RELOAD", "ASKED BY", "OUTCOME", "SECONDS", "REASON"], _reload_rows(document)),
+        ]
+    return "\n".join(lines)
+
+
+def orphan_table(workers: Iterable[dict[str, Any]]) -> str:
+    """Workers that have lost their master, as text."""
+    rows = [
+        [
+            str(worker["generation"]),
+            *_worker_cells(worker | {"id": worker["worker"], "state": worker["mode"]}),
+        ]
+        for worker in workers
+    ]
+    lines = ["these workers have lost their master and go on serving; 'segue stop' ends them", ""]
+    return "\n".join(lines + _columns(["GEN", *_WORKER_HEADS], rows))
+
+
+_WORKER_HEADS = ["WORKER", "PID", "STATE", "CONNS", "BUSY", "REQUESTS", "CPU", "RSS"]
+
+
+def _worker_cells(worker: dict[str, Any]) -> list[str]:
+    cpu = worker.get("cpu_percent")
+    return [
+        _text(worker.get("id")),
+        _text(worker.get("pid")),
+        _text(worker.get("state")),
+        _text(worker.get("connections")),
+        _text(worker.get("in_flight")),
+        _text(worker.get("requests_total")),
+        "-" if cpu is None else f"{cpu:.0f}%",
+        _mib(worker.get("rss_bytes")),
+    ]
+
+
+def _reload_rows(document: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            str(reload["number"]),
+            reload["asked_by"],
+            reload["outcome"] or f"running ({reload['phase']})",
+            f"{sum(reload['phases'].values()):.2f}",
+            reload["reason"],
+        ]
+        for reload in document["reloads"][-_RELOADS_SHOWN:]
+    ]
+
+
+def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [heads, *rows]
+    ]
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.0f} MiB"
+
+
+def _age(since: float) -> str:
+    seconds = int(time.time() - since)
+    days, rest = divmod(seconds, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, seconds = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,367 @@
+"""What tests are written in: a real master under test, real clients, and ways to wait without sleeping."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 60.0
+MARK = "SEGUE_TEST_MARK"
+HOT = "/api/v1/hot"
+
+
+class Output:
+    """What a process prints, collected by a thread, and a way to wait for a line."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+        self._text = ""
+        self._closed = False
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while data := os.read(self._pipe, 65536):
+            with self._condition:
+                self._text += data.decode(errors="replace")
+                self._condition.notify_all()
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        os.close(self._pipe)
+
+    @property
+    def text(self) -> str:
+        with self._condition:
+            return self._text
+
+    def wait_for(self, pattern: str, count: int = 1, timeout: float = DEADLINE_S) -> list[str]:
+        """Wait until `pattern` was printed `count` times; returns the matches."""
+        deadline = time.monotonic() + timeout
+        with self._condition:
+            while len(found := [m.group(0) for m in re.finditer(pattern, self._text)]) < count:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._closed:
+                    raise AssertionError(
+                        f"{pattern!r} was printed {len(found)} times, not {count}:\n{self._text}"
+                    )
+                self._condition.wait(left)
+            return found
+
+    def join(self) -> None:
+        self._thread.join(DEADLINE_S)
+
+
+class NotStarted(Exception):
+    """`segue serve` ended before it was ready."""
+
+    def __init__(self, status: int, output: str) -> None:
+        super().__init__(f"exit status {status}:\n{output}")
+        self.status, self.output = status, output
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """A clean one, marked so that every process of the test can be found."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SEGUE_", "UVICORN_", "LISTEN_"))
+    }
+    kept[MARK] = os.environ[MARK]
+    kept.pop("NOTIFY_SOCKET", None)
+    return kept | extra
+
+
+def segue(
+    *arguments: str, timeout: float = DEADLINE_S, cwd: str | Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of segue to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "segue.supervisor.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=environment(PYTHONPATH=str(ROOT), **env),
+        check=False,
+    )
+
+
+class Segue:
+    """`segue serve` as a subprocess. It is ready when it says so, by sd_notify."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        cwd: str | Path,
+        env: dict[str, str] | None = None,
+        user: int | None = None,
+        runtime_dir: str | None = None,
+        name: str = "default",
+        bind: bool = True,
+        nofile: int | None = None,
+        stdout: int | None = None,
+    ) -> None:
+        self.runtime_dir = runtime_dir or tempfile.mkdtemp(prefix="segue-t-")
+        self.name = name
+        if user is not None:
+            os.chown(self.runtime_dir, user, -1)
+        self._states: list[dict[str, str]] = []
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        path = os.path.join(tempfile.mkdtemp(prefix="segue-n-"), "n")
+        self._notify.bind(path)
+        os.chmod(path, 0o777)
+        os.chmod(os.path.dirname(path), 0o755)
+        read, write = os.pipe()
+        command = [sys.executable, "-m", "segue.supervisor.cli", "serve", *arguments]
+        command += ["--runtime-dir", self.runtime_dir, "--name", name]
+        if bind:
+            command += ["--bind", "127.0.0.1:0"]
+
+        def prepare() -> None:
+            if nofile is not None:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
+
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", NOTIFY_SOCKET=path) | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=write if stdout is None else stdout,
+            stderr=write,
+            preexec_fn=prepare,
+            user=user,
+            extra_groups=[] if user is not None else None,
+        )
+        os.close(write)
+        self.output = Output(read)
+
+    # ------------------------------------------------------------------------------------------------ waiting
+
+    def wait_ready(self, timeout: float = DEADLINE_S) -> Segue:
+        self.wait_notified("READY", "1", timeout)
+        return self
+
+    def wait_notified(self, key: str, value: str, timeout: float = DEADLINE_S) -> dict[str, str]:
+        """Wait for a datagram in which `key` is `value`."""
+        pidfd = os.pidfd_open(self.process.pid)
+        try:
+            deadline = time.monotonic() + timeout
+            while True:
+                ready, _, _ = select.select(
+                    [self._notify, pidfd], [], [], max(0.0, deadline - time.monotonic())
+                )
+                if self._notify in ready:
+                    fields = dict(
+                        line.split("=", 1) for line in self._notify.recv(8192).decode().splitlines()
+                    )
+                    self._states.append(fields)
+                    if fields.get(key) == value:
+                        return fields
+                elif pidfd in ready:
+                    status = self.process.wait()
+                    self.output.join()
+                    raise NotStarted(status, self.output.text)
+                else:
+                    raise AssertionError(f"no {key}={value} within {timeout} s:\n{self.output.text}")
+        finally:
+            os.close(pidfd)
+
+    def wait_exit(self, timeout: float = DEADLINE_S) -> int:
+        status = self.process.wait(timeout)
+        self.output.join()
+        return status
+
+    def wait_status(self, condition: Any, timeout: float = DEADLINE_S) -> dict[str, Any]:
+        """Ask for the status until `condition` holds of it; for what no message tells."""
+        deadline = time.monotonic() + timeout
+        while True:
+            document = self.status()
+            if condition(document):
+                return document
+            if time.monotonic() > deadline:
+                raise AssertionError(
+                    f"the status did not come to it:\n{json.dumps(document, indent=1)}\n{self.output.text}"
+                )
+            select.select([], [], [], 0.05)
+
+    # ------------------------------------------------------------------------------------------------- asking
+
+    @property
+    def directory(self) -> str:
+        return os.path.join(self.runtime_dir, self.name)
+
+    @property
+    def control(self) -> str:
+        return os.path.join(self.directory, "control.sock")
+
+    def call(self, method: str, target: str, timeout: float = DEADLINE_S) -> tuple[int, dict[str, Any]]:
+        """One request on the control socket; status and JSON document."""
+        return unix_call(self.control, method, target, timeout)
+
+    def status(self) -> dict[str, Any]:
+        code, document = self.call("GET", f"{HOT}/status")
+        assert code == 200, document
+        return document
+
+    def current(self) -> dict[str, Any]:
+        """The status of the current generation."""
+        document = self.status()
+        return next(g for g in document["generations"] if g["current"])
+
+    def worker_pids(self) -> list[int]:
+        return [w["pid"] for w in self.current()["workers"]]
+
+    @property
+    def port(self) -> int:
+        return int(self.status()["listeners"][0]["address"].rpartition(":")[2])
+
+    def command(self, *arguments: str, timeout: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+        return segue(*arguments, "--runtime-dir", self.runtime_dir, "--name", self.name, timeout=timeout)
+
+    def reload(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`segue reload`, which must succeed."""
+        done = self.command("reload", *arguments)
+        assert done.returncode == 0, f"{done.stderr}\n{self.output.text}"
+        return done
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    # --------------------------------------------------------------------------------------------------- end
+
+    def stop(self, expected: int | None = 0) -> None:
+        """Stop it gracefully and check its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        status = self.wait_exit()
+        assert expected is None or status == expected, f"exit status {status}:\n{self.output.text}"
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(signal.SIGQUIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._notify.close()
+
+
+def unix_call(
+    path: str, method: str, target: str, timeout: float = DEADLINE_S, headers: dict[str, str] | None = None
+) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("localhost", timeout=timeout)
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(timeout)
+    connection.sock.connect(path)
+    try:
+        connection.request(method, target, headers=headers or {})
+        response = connection.getresponse()
+        body = response.read()
+        return response.status, json.loads(body) if body else None
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def supervised(*arguments: str, **options: Any) -> Iterator[Segue]:
+    """A ready master; killed in the end if the test has not stopped it."""
+    master = Segue(*arguments, **options)
+    try:
+        yield master.wait_ready()
+    finally:
+        master.close()
+
+
+class Client:
+    """One keep-alive connection that fails when the server closes it."""
+
+    def __init__(self, port: int) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+        self.connection.connect()
+        self._socket = self.connection.sock
+
+    def get(
+        self, path: str, body: bytes | None = None, method: str = "GET"
+    ) -> tuple[int, dict[str, str], bytes]:
+        self.connection.request(method, path, body=body)
+        response = self.connection.getresponse()
+        data = response.read()
+        assert self.connection.sock is self._socket, "the server closed the connection"
+        return response.status, {key.lower(): value for key, value in response.getheaders()}, data
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path)[2])
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Load:
+    """The load generator beside the test. `nothing_lost` is the measure that counts."""
+
+    def __init__(self, port: int, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "bench" / "load.py"),
+                "--port",
+                str(port),
+                "--duration",
+                "110",
+                *arguments,
+            ],
+            stdout=subprocess.PIPE,
+            env=environment(),
+        )
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def finish(self) -> dict[str, Any]:
+        """End it and return its tally."""
+        self._process.send_signal(signal.SIGTERM)
+        output, _ = self._process.communicate(timeout=DEADLINE_S)
+        tally: dict[str, Any] = json.loads(output)
+        return tally
+
+    def nothing_lost(self) -> dict[str, Any]:
+        """End it; not a request failed, and no connection was closed by the server."""
+        tally = self.finish()
+        assert tally["failed_total"] == 0, tally["failures_detail"]
+        assert not any(tally["server_closes"].values()), tally["server_closes"]
+        assert tally["ok_total"] > 0
+        return tally
