@@ -50,7 +50,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, b"there is nothing here", status=404)
 
 
-async def answer(send: Send, body: bytes, status: int = 200, extra: list[tuple[bytes, bytes]] | None = None) -> None:
+async def answer(
+    send: Send, body: bytes, status: int = 200, extra: list[tuple[bytes, bytes]] | None = None
+) -> None:
     """Send one whole response."""
     headers = [(b"content-length", str(len(body)).encode()), *WHO, *(extra or [])]
     await send({"type": "http.response.start", "status": status, "headers": headers})

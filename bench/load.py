@@ -61,7 +61,7 @@ Headers = dict[bytes, bytes]
 Result = tuple[int, Headers, bytes]
 
 
-class Fail(Exception):
+class RequestError(Exception):
     """A request failed, in one of the `KINDS`."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
@@ -86,7 +86,7 @@ class Conn(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # uvloop's isn't a subclass
 
     def start(self, data: bytes, timeout: float) -> asyncio.Future[Result]:
-        """Send one request; the future has its answer, or `Fail`."""
+        """Send one request; the future has its answer, or `RequestError`."""
         assert self.transport is not None
         loop = asyncio.get_running_loop()
         self._buffer = bytearray()
@@ -109,10 +109,10 @@ class Conn(asyncio.Protocol):
             self.transport.close()
 
     def _timed_out(self) -> None:
-        self._finish(Fail("timeout", "got_bytes" if self._got else "no_bytes"))
+        self._finish(RequestError("timeout", "got_bytes" if self._got else "no_bytes"))
         self.close()
 
-    def _finish(self, failure: Fail | None = None) -> None:
+    def _finish(self, failure: RequestError | None = None) -> None:
         answer, self._answer = self._answer, None
         if answer is None:
             return
@@ -134,7 +134,7 @@ class Conn(asyncio.Protocol):
         try:
             self._parse()
         except Exception as error:
-            self._finish(Fail("parse_error", repr(error)))
+            self._finish(RequestError("parse_error", repr(error)))
             self.close()
 
     def _parse(self) -> None:
@@ -203,9 +203,11 @@ class Conn(asyncio.Protocol):
             if self._state == _UNTIL_EOF and exc is None:
                 self._finish()
             elif self._got:
-                self._finish(Fail("truncated", how))
+                self._finish(RequestError("truncated", how))
             else:
-                self._finish(Fail("new_no_response" if self._requests == 1 else "reused_no_response", how))
+                self._finish(
+                    RequestError("new_no_response" if self._requests == 1 else "reused_no_response", how)
+                )
         elif not self._by_us and not was_closed and self.kept:
             self.stats.idle_closes += 1
 
@@ -252,7 +254,7 @@ class Stats:
             bucket[0] = max(bucket[0], end - start)
             bucket[1] += 1
 
-    def bad(self, kind: str, failure: Fail, end: float, start: float) -> None:
+    def bad(self, kind: str, failure: RequestError, end: float, start: float) -> None:
         """A request failed."""
         self.fails[kind, failure.kind, failure.detail] += 1
         self.fail_times.append(end)
@@ -323,18 +325,18 @@ class Load:
                     lambda: Conn(self.stats, on_chunk), self.args.host, self.args.port
                 )
         except ConnectionRefusedError:
-            raise Fail("refused") from None
+            raise RequestError("refused") from None
         except TimeoutError:
-            raise Fail("timeout", "connect") from None
+            raise RequestError("timeout", "connect") from None
         except OSError as error:
-            raise Fail("connect_other", errno.errorcode.get(error.errno or 0, str(error))) from None
+            raise RequestError("connect_other", errno.errorcode.get(error.errno or 0, str(error))) from None
         return conn
 
     async def think(self) -> None:
         await asyncio.sleep(random.uniform(self.args.think_min, self.args.think_max) / 1000)
 
     def check(self, kind: str, conn: Conn, result: Result, start: float) -> None:
-        """Count an answer, or raise `Fail`. `kind` is the class of the client, or ``post``."""
+        """Count an answer, or raise `RequestError`. `kind` is the class of the client, or ``post``."""
         end = now()
         status, headers, body = result
         self.stats.codes[status] += 1
@@ -345,11 +347,11 @@ class Load:
         else:
             conn.kept = True
         if not 200 <= status < 300:
-            raise Fail("non_2xx", str(status))
+            raise RequestError("non_2xx", str(status))
         if kind == "post" and (body != self.body or headers.get(b"x-sha") != self.sha):
-            raise Fail("bad_body")
+            raise RequestError("bad_body")
         if kind == "sse" and b"data: done" not in body[-64:]:
-            raise Fail("truncated_clean", "chunked terminator without last event")
+            raise RequestError("truncated_clean", "chunked terminator without last event")
         self.stats.good("keepalive" if kind == "post" else kind, start, end, headers)
 
     def answered(self) -> None:
@@ -375,7 +377,7 @@ class Load:
                         break
                 answer = await conn.start(request, self.args.timeout)
                 self.check("post" if posting else "keepalive", conn, answer, start)
-            except Fail as failure:
+            except RequestError as failure:
                 if conn is not None and failure.kind != "non_2xx":
                     conn.close()
                     conn = None
@@ -399,7 +401,7 @@ class Load:
             try:
                 conn = await self.connect()
                 self.check("newconn", conn, await conn.start(request, self.args.timeout), start)
-            except Fail as failure:
+            except RequestError as failure:
                 self.stats.bad("newconn", failure, now(), start)
                 await asyncio.sleep(0.005)
             if conn:
@@ -430,7 +432,7 @@ class Load:
                 conn = await self.connect(on_chunk)
                 answer = await conn.start(request, self.args.timeout + length_s)
                 self.check("sse", conn, answer, start)
-            except Fail as failure:
+            except RequestError as failure:
                 self.stats.bad("sse", failure, now(), start)
                 await asyncio.sleep(0.02)
             if conn:
@@ -497,7 +499,10 @@ def report(args: argparse.Namespace, stats: Stats, end: float, cpu: float) -> di
             "connection_close_header": stats.close_headers,
         },
         "connects": stats.connects,
-        "latency_ms": {**{k: percentiles(v) for k, v in stats.latencies.items()}, "short": percentiles(short)},
+        "latency_ms": {
+            **{k: percentiles(v) for k, v in stats.latencies.items()},
+            "short": percentiles(short),
+        },
         "windows": windows(events, args.baseline, stats, end),
         "sse_max_chunk_gap_ms": round(stats.sse_gap * 1000, 1),
         "longest_gap_ms": stats.gaps,
@@ -587,7 +592,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--sse", type=int, default=5, help="clients that read streams")
     add("--sse-n", type=int, default=20, help="events of a stream")
     add("--sse-ms", type=float, default=100, help="between two events")
-    add("--post", type=int, default=0, help="how many of the keep-alive clients POST /echo and check the hash")
+    add(
+        "--post", type=int, default=0, help="how many of the keep-alive clients POST /echo and check the hash"
+    )
     add("--post-size", type=int, default=1024)
     add("--path", default="/ping", help="what keep-alive clients ask for")
     add("--new-path", default="/work?ms=5", help="what clients with new connections ask for")

@@ -14,6 +14,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Coroutine, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -35,6 +36,8 @@ LATE_S = 1.0
 FLUSH_S = 1.0
 """How long an exiting master waits for its last answers to be sent."""
 _EXTEND_S = 30.0
+_THREADS = 2
+"""For reading files and looking up names: one may hang on a dead file system."""
 
 _EVENTS: dict[model.Verb, type[model.WorkerEvent]] = {
     model.Verb.ACTIVATE: model.Activated,
@@ -84,6 +87,7 @@ class Master:
         self._events: deque[model.Event] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._opening: tuple[str, ...] = ()
         self._said_ready = False
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -91,6 +95,7 @@ class Master:
     async def run(self) -> int:
         """Serve until asked to stop; returns the exit status."""
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "segue"))
         loop.add_reader(self._notify.fileno(), self._read_notifications)
         for number, handler in {
             signal.SIGHUP: self._on_hup,
@@ -262,25 +267,30 @@ class Master:
         if generation not in self.state.generations:
             return
         try:
-            listeners = self._open(taken.settings)
+            listeners = await self._open(taken.settings)
         except BindError as error:
             self.put(model.PrepareFailed(generation, str(error)))
             return
         workers = self._workers_for(taken)
         self.snapshots[generation] = msgspec.structs.replace(taken, listeners=listeners, workers=workers)
+        self._opening = ()
         self._note_restart_only(taken)
         self.put(model.Prepared(generation, workers, taken.limits))
 
-    def _open(self, settings: config.Settings) -> tuple[Listener, ...]:
+    async def _open(self, settings: config.Settings) -> tuple[Listener, ...]:
         """The listeners that these settings ask for: those that are open stay as they are."""
         opened: list[Listener] = []
+        self._opening = settings.binds  # nobody else may close them before the snapshot names them
         try:
             for bind in settings.binds:
                 if bind not in self._listeners:
                     found = [listener for listener in self._inherited if listener.info.address == bind]
-                    self._listeners[bind] = found or open_listeners(bind, settings.backlog)
+                    self._listeners[bind] = found or await asyncio.to_thread(
+                        open_listeners, bind, settings.backlog
+                    )
                 opened += self._listeners[bind]
         except BindError:
+            self._opening = ()
             self._close_unused()
             raise
         return tuple(opened) + tuple(listener for listener in self._inherited if listener not in opened)
@@ -465,6 +475,7 @@ class Master:
             if number in wanted
             for listener in s.listeners
         }
+        used.update(self._opening)
         for bind in [bind for bind in self._listeners if bind not in used]:
             for listener in self._listeners.pop(bind):
                 if listener not in self._inherited:

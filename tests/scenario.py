@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.users import Interpreter, own
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60.0
 MARK = "SEGUE_TEST_MARK"
@@ -111,7 +113,7 @@ class Segue:
         *arguments: str,
         cwd: str | Path,
         env: dict[str, str] | None = None,
-        user: int | None = None,
+        interpreter: Interpreter | None = None,
         runtime_dir: str | None = None,
         name: str = "default",
         bind: bool = True,
@@ -120,8 +122,10 @@ class Segue:
     ) -> None:
         self.runtime_dir = runtime_dir or tempfile.mkdtemp(prefix="segue-t-")
         self.name = name
-        if user is not None:
-            os.chown(self.runtime_dir, user, -1)
+        interpreter = interpreter or own()
+        options = interpreter.popen_options()
+        if options:
+            os.chown(self.runtime_dir, options["user"], -1)
         self._states: list[dict[str, str]] = []
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         path = os.path.join(tempfile.mkdtemp(prefix="segue-n-"), "n")
@@ -129,27 +133,23 @@ class Segue:
         os.chmod(path, 0o777)
         os.chmod(os.path.dirname(path), 0o755)
         read, write = os.pipe()
-        command = [sys.executable, "-m", "segue.supervisor.cli", "serve", *arguments]
+        command = [interpreter.executable, "-m", "segue.supervisor.cli", "serve", *arguments]
         command += ["--runtime-dir", self.runtime_dir, "--name", name]
         if bind:
             command += ["--bind", "127.0.0.1:0"]
 
-        def prepare() -> None:
-            if nofile is not None:
-                import resource
-
-                resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
-
+        if nofile is not None:
+            command = ["prlimit", f"--nofile={nofile}", *command]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", NOTIFY_SOCKET=path) | (env or {}),
+            env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", NOTIFY_SOCKET=path)
+            | interpreter.environ
+            | (env or {}),
             stdin=subprocess.DEVNULL,
             stdout=write if stdout is None else stdout,
             stderr=write,
-            preexec_fn=prepare,
-            user=user,
-            extra_groups=[] if user is not None else None,
+            **options,
         )
         os.close(write)
         self.output = Output(read)

@@ -100,17 +100,17 @@ class Stage:
 
     @staticmethod
     def activate() -> None:
-        """This worker serves."""
+        """Serve."""
         draining._lower()
         activated._raise()
 
     @staticmethod
     def hand_over() -> None:
-        """This worker takes no new work, and may yet be told to go on."""
+        """Take no new work, and be ready to go on."""
         activated._lower()
 
     @staticmethod
     def drain() -> None:
-        """This worker finishes what it has."""
+        """Finish what there is."""
         activated._lower()
         draining._raise()

@@ -24,7 +24,7 @@ class Verdict(enum.Enum):
     BUSY = enum.auto()
     """A request is arriving or being answered; it may move afterwards."""
     UNFLUSHED = enum.auto()
-    """Answered, but the answer isn't out yet; it may move soon."""
+    """Answered, but the answer isn't out yet, or nothing is being read; it may move soon."""
     NEVER = enum.auto()
     """It can't be proven that nothing is held (an early answer, TLS, another protocol)."""
     CLOSING = enum.auto()
@@ -86,6 +86,6 @@ def judge(protocol: Any, proof: Callable[[Any], Verdict] | None) -> Verdict:
     verdict = proof(protocol)
     if verdict is not Verdict.IDLE:
         return verdict
-    if transport.get_write_buffer_size() > 0:
+    if transport.get_write_buffer_size() > 0 or protocol.flow.read_paused or not transport.is_reading():
         return Verdict.UNFLUSHED
-    return Verdict.IDLE if transport.is_reading() and not protocol.flow.read_paused else Verdict.BUSY
+    return Verdict.IDLE

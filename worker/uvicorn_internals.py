@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from typing import Any, TypeAlias
 
+import h11
 import uvicorn
 from uvicorn.server import ServerState
 
@@ -195,7 +196,7 @@ def watch_responses(protocol: Protocol, completed: Callable[[Protocol], None]) -
 
 def unwatch_responses(protocol: Protocol) -> None:
     """Undo `watch_responses` for requests that come from now on."""
-    vars(protocol).pop("on_response_complete", None)
+    protocol.__dict__.pop("on_response_complete", None)
 
 
 def is_busy(protocol: Protocol) -> bool:
@@ -205,14 +206,14 @@ def is_busy(protocol: Protocol) -> bool:
     cycle, scope = getattr(protocol, "cycle", None), getattr(protocol, "scope", None)
     if hasattr(protocol, "parser"):  # httptools: the head of a request has begun to arrive
         return scope is not None and (cycle is None or cycle.scope is not scope)
-    trailing = getattr(getattr(protocol, "conn", None), "trailing_data", None)
-    return bool(trailing and trailing[0] and cycle is None) or bool(
-        trailing and trailing[0] and protocol.conn.their_state is protocol.conn.our_state
-    )
+    connection = getattr(protocol, "conn", None)
+    if isinstance(connection, h11.Connection):
+        return connection.their_state is h11.IDLE and bool(connection.trailing_data[0])
+    return False
 
 
 def shut_down(protocol: Protocol) -> None:
-    """uvicorn's own graceful end of a connection: at once when idle, WebSockets with code 1012."""
+    """End a connection gracefully as uvicorn does: at once when idle, WebSockets with code 1012."""
     shutdown = getattr(protocol, "shutdown", None)
     if shutdown is not None:
         shutdown()

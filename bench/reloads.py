@@ -1,0 +1,184 @@
+"""Ten reloads under load: nothing fails, nothing is closed, and it is hardly slower than without them.
+
+Windows alternate in one run: a quiet one, then a reload (from asking for it until half a second after the new
+generation serves, so the handover is in it), then whatever the old generation needs to end its streams, which counts
+for neither. Beside it uvicorn, which reloads on SIGHUP.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from bench.figures import Figure, Measured
+from bench.processes import children
+from bench.servers import UNPRIVILEGED_USER, Bench, Segue, load, segue, uvicorn, wait_for
+from bench.users import NoInterpreterError
+
+START_S = 1.0
+AFTER_S = 0.5
+"""How much of the time after a reload still counts for it."""
+LOAD = (
+    "--keepalive",
+    "50",
+    "--post",
+    "10",
+    "--newconn",
+    "10",
+    "--sse",
+    "5",
+    "--think-min",
+    "0",
+    "--think-max",
+    "20",
+)
+
+CASES = {
+    f"{'root' if user is None else 'user'}-{workers}": (user, workers)
+    for user in (None, UNPRIVILEGED_USER)
+    for workers in (1, 2)
+}
+
+
+def _figures() -> list[Figure]:
+    figures = []
+    for case, (user, workers) in CASES.items():
+        of = f"{'as root' if user is None else 'unprivileged'}, {workers} worker{'s' if workers > 1 else ''}"
+        figures += [
+            Figure(f"{case}-failed", f"reloads under load: failed requests ({of})", "", 0),
+            Figure(f"{case}-closed", f"reloads under load: connections closed by the server ({of})", "", 0),
+            Figure(f"{case}-p99", f"reloads under load: p99 ÷ p99 without reloads ({of})", "", 1.5, digits=2),
+            Figure(f"{case}-kept-p99", f"  the same of keep-alive clients alone ({of})", "", digits=2),
+            Figure(f"{case}-gap", f"  longest time without any answer ({of})", "ms", digits=1),
+            Figure(f"{case}-rate", f"  requests/s ({of})", "", sense=">="),
+            Figure(
+                f"{case}-first", f"readiness to first request on the new generation ({of})", "ms", 50, "<", 1
+            ),
+        ]
+    figures.append(Figure("uvicorn-failed", "  beside: failed requests of uvicorn --workers 2, SIGHUP"))
+    figures.append(
+        Figure("uvicorn-p99", "  beside: p99 ÷ p99 without reloads of uvicorn --workers 2", digits=2)
+    )
+    return figures
+
+
+FIGURES = _figures()
+
+
+def measure(bench: Bench) -> Measured:
+    """One run of all cases."""
+    measured: Measured = {}
+    for case, (user, workers) in CASES.items():
+        bench.say(f"reloads: {case}")
+        if user is None and os.geteuid() != 0:
+            found: Measured | str = "the bench does not run as root"
+        else:
+            found = _case(bench, user if os.geteuid() == 0 else None, workers)
+        keys = [figure.key for figure in FIGURES if figure.key.startswith(f"{case}-")]
+        measured |= {
+            key: found if isinstance(found, str) else found[key.removeprefix(f"{case}-")] for key in keys
+        }
+    bench.say("reloads: uvicorn")
+    return measured | _beside(bench)
+
+
+def _case(bench: Bench, user: str | None, workers: int) -> Measured | str:
+    reloads, quiet_s = _length(bench)
+    try:
+        running = segue(bench, workers=workers, start_s=START_S, user=user)
+    except NoInterpreterError as error:
+        return str(error)
+    moments: list[tuple[float, list[int]]] = []
+    with running as server:
+        server.first_answer()
+        with load(bench, server, LOAD) as clients:
+            time.sleep(1)
+            for _ in range(reloads):
+                clients.window("quiet")
+                time.sleep(quiet_s)
+                clients.window("reload")
+                operation = server.reload()
+                time.sleep(AFTER_S)
+                clients.window("draining")
+                moments.append(_readiness(server))
+                server.wait_drained(operation)
+            clients.window("quiet")
+            time.sleep(quiet_s)
+            result = clients.end()
+    closes = result["server_closes"]
+    seen = result["pids"]
+    return {
+        **_compared(result),
+        "failed": result["failed_total"],
+        "closed": closes["idle_keepalive_closed"] + closes["connection_close_header"],
+        "gap": result["longest_gap_ms"]["any"]["ms"],
+        "rate": result["rate_short"],
+        "first": max(
+            (min(seen[str(pid)]["first"] for pid in pids if str(pid) in seen) - ready) * 1000
+            for ready, pids in moments
+        ),
+    }
+
+
+def _readiness(server: Segue) -> tuple[float, list[int]]:
+    """When the last worker of the current generation had completed its start-up, and their pids.
+
+    The application's own clock: what the worker and the master do from there to the first answer is in the figure.
+    """
+    pids = [worker["pid"] for worker in server.workers()]
+    return max(server.started(pid) for pid in pids), pids
+
+
+def _compared(result: dict[str, Any]) -> dict[str, float]:
+    windows = result["windows"]
+    quiet, reloading = windows["quiet"]["latency_ms"], windows["reload"]["latency_ms"]
+    return {
+        "p99": reloading["short"]["p99"] / quiet["short"]["p99"],
+        "kept-p99": reloading["keepalive"]["p99"] / quiet["keepalive"]["p99"],
+    }
+
+
+def _beside(bench: Bench) -> Measured:
+    reloads, quiet_s = _length(bench)
+    with uvicorn(bench, workers=2, start_s=START_S) as server:
+        server.first_answer()
+        with load(bench, server, LOAD) as clients:
+            time.sleep(1)
+            for _ in range(reloads):
+                clients.window("quiet")
+                time.sleep(quiet_s)
+                before = set(_workers(server.pid))
+                clients.window("reload")
+                server.process.send_signal(signal.SIGHUP)
+                wait_for(
+                    lambda before=before: len(set(_workers(server.pid)) - before) >= 2,  # type: ignore[misc]
+                    60,
+                    0.05,
+                    lambda: f"uvicorn did not replace its workers\n{server.tail()}",
+                )
+                time.sleep(START_S + AFTER_S)
+                clients.window("draining")
+            clients.window("quiet")
+            time.sleep(quiet_s)
+            result = clients.end()
+    return {"uvicorn-failed": result["failed_total"], "uvicorn-p99": _compared(result)["p99"]}
+
+
+def _workers(pid: int) -> list[int]:
+    """The children of uvicorn that are workers, not multiprocessing's resource tracker."""
+    found = []
+    for child in children(pid):
+        try:
+            with open(f"/proc/{child}/cmdline", "rb") as file:
+                if b"spawn_main" in file.read():
+                    found.append(child)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _length(bench: Bench) -> tuple[int, float]:
+    """How many reloads, and how long a quiet window is."""
+    return (3, 1.0) if bench.quick else (10, 2.0)

@@ -1,0 +1,295 @@
+"""The control API: who may, what it answers, and what bad requests get."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import stat
+import subprocess
+import threading
+
+import pytest
+from scenario import HOT, Client, segue, supervised, unix_call
+
+TOKEN = "a-token-of-many-letters-0123456789"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    path.chmod(0o600)
+    return path
+
+
+def tcp_call(port: int, method: str, target: str, token: str | None = None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, target, headers={"Authorization": f"Bearer {token}"} if token else {})
+        response = connection.getresponse()
+        body = response.read()
+        return response.status, response.getheader("content-type"), json.loads(body)
+    finally:
+        connection.close()
+
+
+def test_sockets_are_private(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        assert stat.S_IMODE(os.stat(master.directory).st_mode) == 0o700
+        for name in os.listdir(master.directory):
+            assert stat.S_IMODE(os.stat(os.path.join(master.directory, name)).st_mode) == 0o600, name
+        master.stop()
+
+
+def test_curl_works_on_the_unix_socket(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        done = subprocess.run(
+            ["curl", "-sS", "--unix-socket", master.control, f"http://localhost{HOT}/status"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert json.loads(done.stdout)["current"] == 1
+        master.stop()
+
+
+def test_readyz_follows_the_operators_drain(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        assert master.call("GET", "/livez")[0] == 200
+        assert master.call("GET", "/readyz")[0] == 200
+        assert master.command("drain", "start", "--mode", "queue").returncode == 0
+        code, document = master.call("GET", "/readyz")
+        assert code == 503
+        assert "drain" in document["detail"]
+        assert master.status()["draining"] is True
+        master.reload()  # it holds for workers to come, too
+        worker = master.current()["workers"][0]
+        assert worker["draining"] is True
+        assert unix_call(worker["control"], "GET", "/readyz")[0] == 503
+        assert master.call("GET", "/readyz")[0] == 503
+        assert master.command("drain", "stop").returncode == 0
+        assert master.call("GET", "/readyz")[0] == 200
+        assert master.status()["draining"] is False
+        master.stop()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "code"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", f"{HOT}/reload", 405),
+        ("POST", f"{HOT}/status", 405),
+        ("GET", f"{HOT}/operations/4711", 404),
+        ("GET", f"{HOT}/operations/x", 404),
+        ("POST", f"{HOT}/drain/start?mode=sideways", 400),
+        ("POST", f"{HOT}/scale", 400),
+        ("POST", f"{HOT}/scale?workers=0", 400),
+        ("POST", f"{HOT}/scale?workers=many", 400),
+        ("POST", f"{HOT}/reload?wait=soon", 400),
+        ("POST", f"{HOT}/reload?until=never", 400),
+        ("POST", f"{HOT}/reload?wait=-1", 400),
+    ],
+)
+def test_bad_requests_get_problem_documents(application, method, target, code) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        status, document = master.call(method, target)
+        assert status == code
+        assert document["status"] == code
+        assert document["detail"]
+        assert len(master.status()["reloads"]) == 1
+        master.stop()
+
+
+def test_garbage_on_the_control_socket_harms_nothing(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        for garbage in (
+            b"\0\xff\n\n",
+            b"GET " + b"x" * 100_000,
+            b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n",
+        ):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(60)
+                sock.connect(master.control)
+                try:
+                    sock.sendall(garbage)
+                    sock.shutdown(socket.SHUT_WR)
+                    while sock.recv(65536):
+                        pass
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+        assert master.call("GET", "/livez")[0] == 200
+        master.stop()
+
+
+def test_scale_during_a_reload_is_a_conflict(application, tmp_path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with supervised("shop:app", cwd=application("1")) as master:
+        application("2", prelude=f"open({str(gate)!r}).read()\n")
+        reload = threading.Thread(target=master.call, args=("POST", f"{HOT}/reload"))
+        reload.start()
+        master.output.wait_for("worker-spawned generation=2")
+        code, document = master.call("POST", f"{HOT}/scale?workers=2")
+        assert code == 423
+        assert "reload" in document["detail"]
+        gate.write_text("go")
+        reload.join()
+        master.stop()
+
+
+def test_a_caller_that_leaves_cancels_nothing(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        application("2", prelude="import time; time.sleep(1)\n")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(master.control)
+            sock.sendall(f"POST {HOT}/reload HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+            master.output.wait_for("worker-spawned generation=2")
+        master.output.wait_for("promoted generation=2")
+        master.stop()
+
+
+def test_the_admin_listener_shows_to_all_and_changes_for_the_token(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
+        for target in ("/livez", "/readyz", f"{HOT}/status"):
+            assert tcp_call(port, "GET", target)[0] == 200
+        for token in (None, "wrong", TOKEN[:-1]):
+            code, kind, document = tcp_call(port, "POST", f"{HOT}/reload", token)
+            assert (code, kind) == (401, "application/problem+json")
+            assert document["status"] == 401
+        assert tcp_call(port, "GET", f"{HOT}/config")[0] == 401
+        code, _, document = tcp_call(port, "POST", f"{HOT}/reload", TOKEN)
+        assert (code, document["outcome"], document["generation"]) == (200, "ok", 2)
+        assert TOKEN not in master.output.text
+        assert TOKEN not in json.dumps(master.status())
+        master.stop()
+
+
+def test_the_public_listener_has_hot_endpoints_only_with_a_token_file(application, token_file) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        with Client(master.port) as client:
+            assert client.get(f"{HOT}/status")[2] == b"1"  # the path is the application's
+        master.stop()
+    with supervised("shop:app", "--token-file", str(token_file), cwd=application("1")) as master:
+        port = master.port
+        assert tcp_call(port, "GET", f"{HOT}/status")[0] == 401
+        code, _, document = tcp_call(port, "GET", f"{HOT}/status", TOKEN)
+        assert (code, document["current"]) == (200, 1)
+        code, _, document = tcp_call(port, "POST", f"{HOT}/reload", TOKEN)
+        assert (code, document["generation"]) == (200, 2)
+        token_file.write_text("another-token-of-many-letters\n")
+        master.reload("--wait", "drained")
+        assert tcp_call(port, "GET", f"{HOT}/status", TOKEN)[0] == 401
+        assert tcp_call(port, "GET", f"{HOT}/status", "another-token-of-many-letters")[0] == 200
+        master.stop()
+
+
+def test_the_health_path_is_readiness_on_the_public_listener(application) -> None:
+    with (
+        supervised("shop:app", "--health-path", "/healthz", cwd=application("1")) as master,
+        Client(master.port) as client,
+    ):
+        assert client.get("/healthz")[0] == 200
+        assert client.get("/")[2] == b"1"
+        assert master.command("drain", "start").returncode == 0
+        assert client.get("/healthz")[0] == 503
+        assert client.get("/")[0] == 200
+        master.stop()
+
+
+def test_the_same_endpoints_stand_on_a_workers_private_socket(application) -> None:
+    with (
+        supervised("shop:app", "--workers", "2", cwd=application("1")) as master,
+        Client(master.port) as client,
+    ):
+        assert client.get("/")[0] == 200
+        one, two = (w["control"] for w in master.current()["workers"])
+        assert unix_call(one, "GET", "/livez")[0] == 200
+        assert unix_call(one, "GET", "/readyz")[0] == 200
+        code, document = unix_call(one, "POST", f"{HOT}/drain/start?mode=handover")
+        assert code == 200, document
+        assert unix_call(one, "GET", "/readyz")[0] == 503
+        assert client.get("/")[0] == 200  # by its sibling
+        code, document = unix_call(one, "POST", f"{HOT}/drain/stop")
+        assert code == 200, document
+        assert unix_call(one, "GET", f"{HOT}/status")[1]["mode"] == "active"
+        code, document = unix_call(two, "POST", f"{HOT}/reload")
+        assert code in {404, 409}
+        assert master.control in document["detail"]
+        assert client.get("/")[0] == 200
+        master.stop()
+
+
+def test_check_gives_the_verdict_of_a_reload(application) -> None:
+    directory = application("1")
+    done = segue("check", "shop:app", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    application("1", prelude="import nosuchmodule\n")
+    done = segue("check", "shop:app", cwd=directory)
+    assert done.returncode == 3
+    assert "nosuchmodule" in done.stderr
+    application("1", prelude="import time; time.sleep(3600)\n")
+    done = segue("check", "shop:app", "--ready-timeout", "2", cwd=directory)
+    assert done.returncode == 3
+    assert "ready-timeout" in done.stderr
+
+
+def test_config_says_where_each_value_comes_from(application) -> None:
+    directory = application("1")
+    (directory / "segue.toml").write_text("drain-timeout = 5\n")
+    done = segue("config", "shop:app", "--workers", "3", cwd=directory, SEGUE_READY_TIMEOUT="7")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "flag" in lines["workers"]
+    assert "SEGUE_READY_TIMEOUT" in lines["ready-timeout"]
+    assert "segue.toml" in lines["drain-timeout"]
+    assert "default" in lines["idle-grace"]
+
+
+def test_config_running_compares_with_what_runs(application) -> None:
+    directory = application("1")
+    with supervised("shop:app", "--workers", "2", cwd=directory) as master:
+        done = master.command("config", "--running")
+        assert done.returncode == 0, done.stderr
+        assert "workers" in done.stdout
+        master.stop()
+
+
+def test_wrong_flags_exit_with_2_and_name_the_key(application) -> None:
+    directory = application("1")
+    for arguments, word in (
+        (("--workers", "0"), "workers"),
+        (("--ready-timeout", "soon"), "ready-timeout"),
+        (("--bind", "nowhere"), "bind"),
+        (("--reload",), "reload"),
+        (("--health-path", "x"), "health-path"),
+    ):
+        done = segue("serve", "shop:app", *arguments, cwd=directory)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert word in done.stderr, (arguments, done.stderr)
+
+
+def test_every_command_documents_its_exit_statuses() -> None:
+    for command in (
+        ["serve"],
+        ["reload"],
+        ["status"],
+        ["drain", "start"],
+        ["drain", "stop"],
+        ["scale"],
+        ["stop"],
+        ["check"],
+        ["config"],
+    ):
+        done = segue(*command, "--help")
+        assert done.returncode == 0
+        assert "Exit status" in done.stdout, command

@@ -1,0 +1,160 @@
+"""From a fresh interpreter to a running worker."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from segue.handoff.descriptors import InheritanceError, raise_limit, take_inherited
+from segue.handoff.messages import FdName, WorkerPhase, WorkerSpec
+from segue.worker.output import BootOutput
+from segue.worker.priority import BootPriority
+from segue.worker.telling import Telling
+
+_BUILTIN = "segue.worker.builtin:app"
+_EXIT_NOT_A_WORKER = 2
+
+
+def main() -> int:
+    """Run a worker on what was inherited; returns its exit status."""
+    raise_limit()
+    try:
+        fds = take_inherited(os.environ)
+        spec = _read_spec(fds)
+    except (InheritanceError, msgspec.MsgspecError, KeyError, OSError) as error:
+        print(f"segue.worker: started by hand? {type(error).__name__}: {error}", file=sys.stderr)
+        return _EXIT_NOT_A_WORKER
+    priority = BootPriority()
+    # Ctrl-C at the master's terminal, or `kill -INT` at its whole group, is the master's to deal with. A handler that
+    # does nothing isn't passed on to the application's own child processes, as SIG_IGN would be.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    output = BootOutput(fds[FdName.STDOUT], fds[FdName.STDERR])
+    telling = Telling(spec.notify_socket, spec.heartbeat_s)
+
+    def ready() -> None:
+        priority.restore()
+        output.finish()
+
+    from segue.worker.lifespan import StartFailed
+
+    try:
+        telling.phase(WorkerPhase.IMPORT)
+        sys.path.insert(0, spec.app_dir)
+        return _run(spec, fds, telling, ready, output.on_terminal)
+    except StartFailed as failed:
+        reason = str(failed)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the master gets the reason
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+    print(f"worker {spec.worker} of generation {spec.generation} can't start: {reason}", file=sys.stderr, flush=True)
+    telling.failed(reason)
+    return 3
+
+
+def _read_spec(fds: Mapping[str, int]) -> WorkerSpec:
+    fd = fds[FdName.SPEC]
+    data = os.pread(fd, os.fstat(fd).st_size, 0)
+    os.close(fd)
+    return msgspec.json.decode(data, type=WorkerSpec)
+
+
+def _run(
+    spec: WorkerSpec, fds: Mapping[str, int], telling: Telling, ready: Callable[[], None], on_terminal: bool
+) -> int:
+    from segue.worker.worker import Worker, recycle_limit
+
+    options = dict(spec.uvicorn)
+    limit = recycle_limit(options.pop("limit_max_requests", None), options.pop("limit_max_requests_jitter", 0))
+    if options.get("use_colors") is None and on_terminal:
+        options["use_colors"] = True
+    config = _configure(spec.app or _BUILTIN, options)
+    loop_factory = _explained("the event loop can't be made", config.get_loop_factory)
+
+    async def run() -> int:
+        return await Worker(spec, config, fds, telling, limit, ready).run()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(run())
+
+
+def _configure(app: str, options: dict[str, Any]) -> Any:
+    """A loaded `uvicorn.Config` for `app`. Raises `StartFailed` with the reason in one line."""
+    import uvicorn
+
+    # uvicorn reads the application's name only to log it; what is imported is what is given it below
+    config = _explained("the configuration can't be used", lambda: uvicorn.Config(app, **options))
+    _log_like_uvicorn()
+    module = app.partition(":")[0]
+    config.app = _explained(f"import of {module} failed", lambda: _import(app))
+    if config.factory:
+        config.app = _strict_factory(config.app)
+    _explained(f"loading {app} failed", config.load)
+    return config
+
+
+def _import(app: str) -> Any:
+    module_name, _, attributes = app.partition(":")
+    if not module_name or not attributes:
+        raise ImportError(f"{app!r} isn't of the form MODULE:ATTRIBUTE")
+    found: Any = importlib.import_module(module_name)
+    for attribute in attributes.split("."):
+        found = getattr(found, attribute)
+    return found
+
+
+def _strict_factory(factory: Any) -> Callable[[], Any]:
+    def create() -> Any:
+        try:
+            return factory()
+        except TypeError as error:
+            # uvicorn logs a TypeError in one line and exits; the reason must get through
+            raise RuntimeError(f"the factory failed: TypeError: {error}") from error
+
+    return create
+
+
+def _explained(what: str, do: Callable[[], Any]) -> Any:
+    """Do it, and turn whatever goes wrong, SystemExit too, into a reason; the traceback goes to the output."""
+    from segue.worker.lifespan import StartFailed, describe
+
+    errors = _LastError()
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(errors)
+    try:
+        return do()
+    except SystemExit as error:
+        said = errors.message or f"it called sys.exit({error.code!r})"
+        traceback.print_exc()
+        raise StartFailed(f"{what}: {said}") from error
+    except Exception as error:
+        traceback.print_exc()
+        raise StartFailed(f"{what}: {describe(error)}") from error
+    finally:
+        logger.removeHandler(errors)
+
+
+class _LastError(logging.Handler):
+    """Remembers what uvicorn logged before it called sys.exit."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.message = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.message = record.getMessage()
+
+
+def _log_like_uvicorn() -> None:
+    """Let segue's own few lines go where uvicorn's go, if the log configuration doesn't name a place for them."""
+    logger = logging.getLogger("segue")
+    if not logger.handlers and logger.level == logging.NOTSET:
+        logger.parent = logging.getLogger("uvicorn.error")

@@ -1,0 +1,150 @@
+"""Draining: everything that a worker has comes to its end, by moving, by finishing, or at the deadline.
+
+Connections that can move are the business of `segue.worker.handover`. This module sees to the others: those that
+can't move are told (`Connection: close` on the next response, GOAWAY) and closed when they stay silent; WebSockets and
+streams go on until the deadline. A connection that could move but can't be sent is never closed for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from segue.worker.handover import Handover
+from segue.worker.intake import Intake
+from segue.worker.uvicorn_internals import Http, Protocol, close, is_busy, shut_down
+
+_log = logging.getLogger("segue.worker")
+
+_SWEEP_S = 0.02
+_SLOW_SWEEP_S = 0.1
+_EAGER_FOR_S = 2.0
+_WEBSOCKETS_SPREAD_S = 3.0
+_SETTLE_S = 1.0
+"""How long cancelled tasks have to end, and closed connections to be written out."""
+
+
+class Drain:
+    """One worker's draining; may be begun and ended any number of times."""
+
+    def __init__(
+        self,
+        http: Http,
+        intake: Intake,
+        relay_write: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        idle_grace_s: float,
+    ) -> None:
+        self._http = http
+        self._intake = intake
+        self._loop = loop
+        self._idle_grace_s = idle_grace_s
+        self._told: dict[Protocol, float] = {}
+        """Connections that can't move, and when they are closed if they are silent still."""
+        self._task: asyncio.Task[None] | None = None
+        self.handover = Handover(http, relay_write, loop, self.tell)
+        self.closed = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a drain has begun and hasn't been taken back."""
+        return self._task is not None
+
+    def start(
+        self, listeners: frozenset[str] | None, timeout_s: float | None, drained: Callable[[], None]
+    ) -> None:
+        """Begin, and call `drained` once nothing is left. Without `timeout_s` nothing busy is ever cut."""
+        self.stop()
+        self.handover.start(listeners)
+        self._task = self._loop.create_task(self._run(timeout_s, drained))
+
+    def stop(self) -> None:
+        """End the drain: what is still here is served on as if nothing had been."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self.handover.stop()
+        for protocol in self._told:
+            self._http.retract_close(protocol)
+        self._told.clear()
+
+    def tell(self, protocol: Protocol) -> None:
+        """Let this connection know that it should leave."""
+        if protocol in self._told or self._http.is_websocket(protocol):
+            return
+        self._told[protocol] = self._loop.time() + self._idle_grace_s
+        if hasattr(protocol, "shutdown_requested"):  # HTTP/2 has GOAWAY; sent when no stream is open
+            return
+        self._http.announce_close(protocol)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no connection, accepted or not yet, and no task is left."""
+        return not self._http.state.connections and not self._http.state.tasks and not self._intake.pending
+
+    async def _run(self, timeout_s: float | None, drained: Callable[[], None]) -> None:
+        started = self._loop.time()
+        deadline = None if timeout_s is None else started + timeout_s
+        while not self.is_empty:
+            now = self._loop.time()
+            if deadline is not None and now >= deadline:
+                await self._cut()
+                deadline = None
+                continue
+            self.handover.sweep()
+            self._close_silent(now)
+            await asyncio.sleep(_SWEEP_S if now - started < _EAGER_FOR_S else _SLOW_SWEEP_S)
+        drained()
+
+    def _close_silent(self, now: float) -> None:
+        connections = self._http.state.connections
+        for protocol, until in list(self._told.items()):
+            if protocol not in connections:
+                del self._told[protocol]
+            elif is_busy(protocol):
+                continue
+            elif now >= until or hasattr(protocol, "shutdown_requested"):
+                self.closed += 1
+                del self._told[protocol]
+                shut_down(protocol)
+
+    async def _cut(self) -> None:
+        """The deadline has passed."""
+        websockets = [each for each in self._http.state.connections if self._http.is_websocket(each)]
+        busy = [each for each in self._http.state.connections if each not in websockets and is_busy(each)]
+        tasks = len(self._http.state.tasks)
+        _log.warning("event=drain-deadline websockets=%d busy=%d tasks=%d", len(websockets), len(busy), tasks)
+        for websocket in websockets:
+            if websocket in self._http.state.connections:
+                self.closed += 1
+                shut_down(websocket)
+                # their clients come back: not all in the same moment
+                await asyncio.sleep(min(0.05, _WEBSOCKETS_SPREAD_S / len(websockets)))
+        self.closed += await cut(self._http, keep=self._can_still_move)
+
+    def _can_still_move(self, protocol: Protocol) -> bool:
+        return not self._http.is_websocket(protocol) and self.handover.movable(protocol)
+
+
+async def cut(http: Http, keep: Callable[[Protocol], bool] | None = None) -> int:
+    """Cancel what still runs and close what is open, except what is idle and `keep` says to; how many were closed."""
+    for task in list(http.state.tasks):
+        # an application that hasn't answered yet is answered for with 500, as by uvicorn
+        task.cancel(msg="Task cancelled, its worker is being replaced")
+    if http.state.tasks:
+        await asyncio.wait(http.state.tasks, timeout=_SETTLE_S)
+    left = [each for each in http.state.connections if is_busy(each) or keep is None or not keep(each)]
+    for connection in left:
+        close(connection)
+    if left:
+        await asyncio.sleep(0)
+        deadline = asyncio.get_running_loop().time() + _SETTLE_S
+        while any(each in http.state.connections for each in left) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        for connection in left:
+            if connection in http.state.connections:
+                close(connection, abort=True)
+        await asyncio.sleep(0)
+    return len(left)

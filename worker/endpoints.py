@@ -1,0 +1,149 @@
+"""A worker's own endpoints, on its private Unix socket: the master's commands, and anyone's questions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from segue.handoff.http import Handler, Request, Response, Router, json_response, problem
+from segue.handoff.messages import HOT, WorkerMode, WorkerStatus
+
+OPERATOR_MODES = ("reject", "queue")
+HANDOVER = "handover"
+_MAX_TIMEOUT_S = 7 * 86400.0
+
+
+class Refused(Exception):  # noqa: N818 - it is what happened, and reads so
+    """The worker is in a mode in which it can't do that; nothing has changed."""
+
+
+class Commands(Protocol):
+    """What a worker can be told to do. Each either does it or raises `Refused`."""
+
+    spec_generation: int
+    master_socket: str
+    mode: WorkerMode
+    operator_drain: str | None
+
+    def activate(self) -> None:
+        """Accept and adopt connections."""
+
+    def quiet(self) -> None:
+        """Accept and adopt nothing."""
+
+    def drain(self, listeners: frozenset[str] | None, timeout_s: float | None) -> None:
+        """Give away or finish what there is."""
+
+    def stop(self, timeout_s: float | None) -> None:
+        """End."""
+
+    def commanded(self) -> None:
+        """A command has arrived: the master knows of this worker."""
+
+    def status(self) -> WorkerStatus:
+        """How it is."""
+
+
+def handler(worker: Commands) -> Handler:
+    """What answers on the private socket of `worker`."""
+
+    async def livez(_: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def readyz(_: Request) -> Response:
+        ready = worker.mode is WorkerMode.ACTIVE and worker.operator_drain is None
+        answer = {"status": "ready" if ready else "not ready", "mode": worker.mode, "draining": worker.operator_drain}
+        return json_response(answer, 200 if ready else 503)
+
+    async def status(_: Request) -> Response:
+        return json_response(worker.status())
+
+    async def activate(_: Request) -> Response:
+        worker.activate()
+        return json_response(worker.status())
+
+    async def drain_start(request: Request) -> Response:
+        mode = request.query.get("mode", "")
+        if mode in OPERATOR_MODES:
+            worker.operator_drain = mode
+        elif mode != HANDOVER:
+            known = (HANDOVER, *OPERATOR_MODES)
+            return problem(400, f"drain takes ?mode={' or '.join(known)}, not {mode!r}", known=known)
+        elif request.query.get("send", "1") == "0":
+            worker.quiet()
+        else:
+            names = request.query.get("listeners")
+            listeners = None if names is None else frozenset(name for name in names.split(",") if name)
+            worker.drain(listeners, _timeout(request))
+        return json_response(worker.status())
+
+    async def drain_stop(request: Request) -> Response:
+        mode = request.query.get("mode")
+        if mode not in {None, HANDOVER, "operator"}:
+            return problem(400, f"drain/stop takes ?mode=handover or operator, not {mode!r}")
+        if mode in {None, "operator"}:
+            worker.operator_drain = None
+        handing_over = worker.mode in {WorkerMode.QUIET, WorkerMode.DRAINING, WorkerMode.DRAINED}
+        if mode in {None, HANDOVER} and handing_over:
+            worker.activate()
+        return json_response(worker.status())
+
+    async def stop(request: Request) -> Response:
+        worker.stop(_timeout(request))
+        return json_response(worker.status(), 202)
+
+    async def elsewhere(request: Request) -> Response:
+        return problem(
+            409,
+            f"one worker can't do that: ask the master for {request.path} on its socket, {worker.master_socket}",
+            master=worker.master_socket,
+        )
+
+    routes: dict[tuple[str, str], Handler] = {
+        ("GET", "/livez"): livez,
+        ("GET", "/readyz"): readyz,
+        ("GET", f"{HOT}/status"): status,
+        ("POST", f"{HOT}/activate"): _command(worker, activate),
+        ("POST", f"{HOT}/drain/start"): _command(worker, drain_start),
+        ("POST", f"{HOT}/drain/stop"): _command(worker, drain_stop),
+        ("POST", f"{HOT}/stop"): _command(worker, stop),
+        ("POST", f"{HOT}/reload"): elsewhere,
+        ("POST", f"{HOT}/scale"): elsewhere,
+        ("GET", f"{HOT}/operations/*"): elsewhere,
+    }
+    router = Router(routes)
+    allowed = {os.geteuid(), 0}
+
+    async def answer(request: Request) -> Response:
+        if request.peer_uid not in allowed:
+            return problem(403, f"user {request.peer_uid} may not command a worker of user {os.geteuid()}")
+        return await router(request)
+
+    return answer
+
+
+def _command(worker: Commands, do: Callable[[Request], Awaitable[Response]]) -> Handler:
+    async def command(request: Request) -> Response:
+        worker.commanded()
+        try:
+            return await do(request)
+        except Refused as refused:
+            return problem(409, str(refused), mode=worker.mode)
+        except ValueError as error:
+            return problem(400, str(error))
+
+    return command
+
+
+def _timeout(request: Request) -> float | None:
+    text = request.query.get("timeout")
+    if text is None:
+        return None
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = -1.0
+    if not 0 <= timeout_s <= _MAX_TIMEOUT_S:
+        raise ValueError(f"timeout takes seconds from 0 to {_MAX_TIMEOUT_S:g}, not {text!r}")
+    return timeout_s

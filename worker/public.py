@@ -1,0 +1,109 @@
+"""What segue itself answers on the public listener, if the operator wants any of it.
+
+One wrapper around the application with one comparison per request; without `health_path` and token there is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from segue.handoff.http import CallError, Response, call, json_response, problem
+from segue.handoff.messages import HOT
+
+_MAX_BODY_BYTES = 64 * 1024
+_DEFAULT_WAIT_S = 300.0
+_EXTRA_S = 10.0
+"""How much longer than ``?wait=`` the answer may take."""
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def wrap(
+    app: Application,
+    root_path: str,
+    health_path: str | None,
+    token: str | None,
+    master_socket: str,
+    unhealthy: Callable[[], str | None],
+) -> Application:
+    """Answer `health_path` (503 with what `unhealthy` returns) and, with `token`, the hot endpoints before `app`."""
+    if health_path is None and token is None:
+        return app
+    health = None if health_path is None else root_path + health_path
+    hot = root_path + HOT
+    prefixes = tuple(prefix for prefix, wanted in ((health, health_path), (hot, token)) if prefix and wanted)
+    digest = b"" if token is None else _digest(token)
+
+    async def own(scope: Any, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        if path == health:
+            reason = unhealthy()
+            status = {"status": "ok"} if reason is None else {"status": "unavailable", "reason": reason}
+            await _answer(send, json_response(status, 200 if reason is None else 503))
+        else:
+            await _answer(send, await _pass_on(scope, receive, path[len(root_path) :], digest, master_socket))
+
+    def ours(path: str) -> bool:
+        return path == health or (token is not None and (path == hot or path.startswith(hot + "/")))
+
+    def wrapped(scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        # not a coroutine function: what is not ours costs no coroutine of its own
+        path = scope.get("path", "")
+        if path.startswith(prefixes) and ours(path) and scope["type"] == "http":
+            return own(scope, receive, send)
+        return app(scope, receive, send)
+
+    return wrapped
+
+
+async def _pass_on(scope: Any, receive: Receive, path: str, digest: bytes, master_socket: str) -> Response:
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+        if size > _MAX_BODY_BYTES:
+            return problem(413, f"a body over {_MAX_BODY_BYTES} bytes")
+    authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip()), digest):
+        return problem(401, "this needs the bearer token of the token file", {"WWW-Authenticate": "Bearer"})
+    method: str = scope["method"]
+    readable = path == f"{HOT}/status" or path.startswith(f"{HOT}/operations/")
+    if method != "POST" and not (method == "GET" and readable):
+        return problem(405, f"{method} {path} isn't passed on: GET takes status and operations/ID, the rest is POST")
+    query = scope["query_string"].decode("latin-1")
+    try:
+        wait_s = float(dict(urllib.parse.parse_qsl(query)).get("wait", _DEFAULT_WAIT_S))
+    except ValueError:
+        return problem(400, "wait takes seconds")
+    target = urllib.parse.quote(path) + (f"?{query}" if query else "")
+    try:
+        return await call(master_socket, method, target, timeout_s=max(0.0, wait_s) + _EXTRA_S)
+    except CallError as error:
+        return problem(503, f"the master doesn't answer: {error}")
+
+
+async def _answer(send: Send, response: Response) -> None:
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1"))
+        for name, value in response.headers
+        if name.lower() not in {"connection", "content-length", "content-type", "transfer-encoding"}
+    ]
+    headers += [
+        (b"content-type", response.content_type.encode("latin-1")),
+        (b"content-length", str(len(response.body)).encode()),
+        (b"cache-control", b"no-store"),
+    ]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,81 @@
+"""What a worker tells its master, unasked: datagrams that may be lost, so what matters is repeated.
+
+READY is repeated until a first command shows that it was heard, DRAINED until the next command; afterwards each
+heartbeat proves that the event loop turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from segue.handoff.messages import NotifyKey, WorkerMode, WorkerPhase
+from segue.handoff.notify import Notifier
+
+_REPEAT_S = 1.0
+_FAILURE_TRIES = 50
+_FAILURE_PAUSE_S = 0.02
+
+
+class Telling:
+    """Speaks to the master's notify socket, and never blocks."""
+
+    def __init__(self, notify_socket: str, heartbeat_s: float) -> None:
+        self._notifier = Notifier(notify_socket)
+        self._heartbeat_s = heartbeat_s
+        self._mode = WorkerMode.BOOTING
+        self._unconfirmed = True
+        self._recycle: str | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._phase = WorkerPhase.BOOT
+
+    def phase(self, phase: WorkerPhase) -> None:
+        """What booting has come to."""
+        self._phase = phase
+        self._notifier.send({NotifyKey.PHASE: phase, NotifyKey.STATE: WorkerMode.BOOTING})
+
+    def failed(self, reason: str) -> None:
+        """Booting has failed. Waits a second at most until the master's queue has room."""
+        fields: dict[str, object] = {NotifyKey.FAILED: reason, NotifyKey.STATUS: f"{self._phase}: {reason}", NotifyKey.PHASE: self._phase}
+        for _ in range(_FAILURE_TRIES):
+            if self._notifier.send(fields):
+                return
+            time.sleep(_FAILURE_PAUSE_S)  # nothing else is left to do here
+
+    def mode(self, mode: WorkerMode) -> None:
+        """The worker is in another mode; repeated until the next command where it matters."""
+        self._mode = mode
+        self._unconfirmed = mode in {WorkerMode.READY, WorkerMode.DRAINED}
+        self._beat()
+
+    def confirmed(self) -> None:
+        """A command has come: what was told has been heard."""
+        self._unconfirmed = False
+
+    def ask_to_recycle(self, reason: str) -> None:
+        """Say with each heartbeat that this worker should be replaced."""
+        if self._recycle is None:
+            self._recycle = reason
+            self._beat()
+
+    def close(self) -> None:
+        """Say nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._notifier.close()
+
+    def _beat(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        fields: dict[str, object] = {NotifyKey.STATE: self._mode}
+        if self._mode is WorkerMode.STOPPING:
+            fields["STOPPING"] = 1
+        else:
+            fields[NotifyKey.READY] = 1
+        if self._mode is not WorkerMode.READY or not self._unconfirmed:
+            fields[NotifyKey.WATCHDOG] = 1
+        if self._recycle is not None:
+            fields[NotifyKey.RECYCLE] = self._recycle
+        self._notifier.send(fields)
+        interval = min(_REPEAT_S, self._heartbeat_s) if self._unconfirmed else self._heartbeat_s
+        self._timer = asyncio.get_running_loop().call_later(interval, self._beat)

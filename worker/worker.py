@@ -1,0 +1,324 @@
+"""One worker: its modes, and what takes it from one to another.
+
+`booting → ready → active ⇄ quiet ⇄ draining → drained → stopping`, and back to active from every mode between ready
+and stopping. A worker decides nothing of this itself, except when its master is gone: then one that waits ends, one
+that drains finishes and ends, and one that serves goes on serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+import uvicorn
+
+from segue.handoff.http import serve
+from segue.handoff.messages import FdName, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
+from segue.worker import public, usage
+from segue.worker.drain import Drain, cut
+from segue.worker.endpoints import Refused, handler
+from segue.worker.events import Stage, WorkerInfo
+from segue.worker.intake import Intake, PublicListener
+from segue.worker.lifespan import Lifespan, StartFailed
+from segue.worker.telling import Telling
+from segue.worker.uvicorn_internals import Http, is_busy, open_cycles, shut_down
+from segue.worker.warm_up import warm_up
+
+_log = logging.getLogger("segue.worker")
+
+EXIT_OK = 0
+EXIT_CUT = 1
+"""Something had to be cut at the end of a stop's timeout."""
+EXIT_FAILED_START = 3
+EXIT_NO_MASTER = 4
+"""The master went away before this worker had been activated."""
+
+_TICK_S = 1.0
+_HARD_EXTRA_S = 5.0
+"""How long after its timeout a stop that hangs is ended by force."""
+_SHUTDOWN_S = 5.0
+"""What a lifespan shutdown may take at least."""
+_STOP_SWEEP_S = 0.05
+_CLOSE_SERVER_S = 1.0
+
+
+class Worker:
+    """Runs one application in this process (`segue.worker.endpoints.Commands` are its verbs)."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        config: uvicorn.Config,
+        fds: Mapping[str, int],
+        telling: Telling,
+        limit_max_requests: int | None,
+        on_ready: Callable[[], None],
+    ) -> None:
+        self.spec_generation = spec.generation
+        self.master_socket = spec.master_socket
+        self.mode = WorkerMode.BOOTING
+        self.operator_drain = spec.operator_drain
+        self._spec = spec
+        self._config = config
+        self._telling = telling
+        self._limit_max_requests = limit_max_requests
+        self._on_ready = on_ready
+        self._loop = asyncio.get_running_loop()
+        self._since = time.time()
+        self._cpu = usage.CpuMeter()
+        self._lifespan = Lifespan(config)
+        self._http = Http(config, self._lifespan.state, self._loop)
+        self._lifespan.state["segue"] = WorkerInfo(spec.generation, spec.worker)
+        config.loaded_app = public.wrap(
+            config.loaded_app, config.root_path, spec.health_path, spec.token, spec.master_socket, self._unhealthy
+        )
+        self._sockets = {name: socket.socket(fileno=fds[name]) for name in (FdName.RELAY_READ, FdName.RELAY_WRITE)}
+        listeners = {
+            info.name: PublicListener(info, socket.socket(fileno=fds[info.name]))
+            for info in spec.listeners
+            if info.name in fds
+        }
+        for listener in listeners.values():
+            listener.sock.setblocking(False)
+        self._control = socket.socket(fileno=fds[FdName.CONTROL])
+        self._lifeline = fds[FdName.LIFELINE]
+        self._intake = Intake(self._http, listeners, self._sockets[FdName.RELAY_READ], self._loop)
+        self._drain = Drain(self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s)
+        self._master_gone = False
+        self._stopping = asyncio.Event()
+        self._stop_timeout_s = spec.stop_timeout_s
+        self._exit = EXIT_OK
+        self._ticker: asyncio.TimerHandle | None = None
+
+    # Its life
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, and end; returns the exit status. Raises `StartFailed`."""
+        control = await serve(self._control, handler(self))
+        self._loop.add_signal_handler(signal.SIGTERM, self.stop, None)
+        self._loop.add_reader(self._lifeline, self._on_lifeline)
+        try:
+            if not await self._start_unless_stopped():
+                return self._exit
+            if self._spec.check_only:
+                await self._lifespan.shutdown(self._stop_timeout_s)
+                return EXIT_OK
+            await self._stopping.wait()
+            return await self._shut_down()
+        finally:
+            if self._ticker is not None:
+                self._ticker.cancel()
+            self._loop.remove_reader(self._lifeline)
+            control.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_SERVER_S):
+                    await asyncio.sleep(0)  # an answer that is being written gets out
+            with contextlib.suppress(OSError):
+                os.unlink(self._spec.control_path)
+
+    async def _start_unless_stopped(self) -> bool:
+        start = self._loop.create_task(self._start())
+        stopped = self._loop.create_task(self._stopping.wait())
+        await asyncio.wait({start, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        try:
+            if not start.done():
+                start.cancel()
+                await asyncio.wait({start}, timeout=_SHUTDOWN_S)
+                return False
+            start.result()
+        except asyncio.CancelledError:
+            return False
+        finally:
+            if not start.done() or start.cancelled() or start.exception() is not None:
+                self._arm_hard_end(_SHUTDOWN_S)
+                await self._lifespan.shutdown(_SHUTDOWN_S)
+        return True
+
+    async def _start(self) -> None:
+        self._tick()
+        self._telling.phase(WorkerPhase.STARTUP)
+        await self._lifespan.startup()
+        if self._spec.warm_up:
+            self._telling.phase(WorkerPhase.WARM_UP)
+        listener = self._spec.listeners[0] if self._spec.listeners else None
+        for path in self._spec.warm_up:
+            await warm_up(self._config, path, self._lifespan.state, listener, self._http.state.tasks)
+        if not self._spec.check_only:
+            self._on_ready()
+            self._set_mode(WorkerMode.READY)
+
+    def _tick(self) -> None:
+        self._ticker = self._loop.call_later(_TICK_S, self._tick)
+        self._http.refresh_headers()
+        limit = self._limit_max_requests
+        if limit is not None and self._http.state.total_requests >= limit:
+            self._telling.ask_to_recycle("limit_max_requests")
+
+    def _set_mode(self, mode: WorkerMode) -> None:
+        if mode is not self.mode:
+            self.mode = mode
+            _log.debug("event=mode mode=%s connections=%d", mode, len(self._http.state.connections))
+            self._telling.mode(mode)
+
+    def _unhealthy(self) -> str | None:
+        if self.mode is WorkerMode.STOPPING:
+            return "stopping"
+        return None if self.operator_drain is None else f"draining ({self.operator_drain})"
+
+    def _on_lifeline(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if os.read(self._lifeline, 1):
+                return
+        self._loop.remove_reader(self._lifeline)
+        self._master_gone = True
+        generation, worker = self._spec.generation, self._spec.worker
+        if self.mode in {WorkerMode.BOOTING, WorkerMode.READY}:
+            _log.error("event=master-gone generation=%d worker=%d action=exit", generation, worker)
+            self._exit = EXIT_NO_MASTER
+            self.stop(None)
+        elif self.mode is WorkerMode.ACTIVE:
+            _log.warning("event=master-gone generation=%d worker=%d action=serve-on", generation, worker)
+        elif self.mode is WorkerMode.QUIET:
+            self.drain(None, self._stop_timeout_s)
+        elif self.mode is WorkerMode.DRAINED:
+            self.stop(None)
+
+    # Commands
+
+    def commanded(self) -> None:
+        """A command has arrived: the master knows of this worker."""
+        self._telling.confirmed()
+
+    def activate(self) -> None:
+        """Accept and adopt connections, whatever was being drained."""
+        self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
+        self._drain.stop()
+        self._intake.open()
+        Stage.activate()
+        self._set_mode(WorkerMode.ACTIVE)
+
+    def quiet(self) -> None:
+        """Accept and adopt nothing, and send nothing away."""
+        self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
+        if self.mode in {WorkerMode.DRAINING, WorkerMode.DRAINED}:
+            return  # quiet already
+        self._intake.close()
+        Stage.hand_over()
+        self._set_mode(WorkerMode.QUIET)
+
+    def drain(self, listeners: frozenset[str] | None, timeout_s: float | None) -> None:
+        """Hand connections over as they become idle; those of other listeners than `listeners` are closed in time."""
+        self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
+        self._intake.close()
+        Stage.drain()
+        self._set_mode(WorkerMode.DRAINING)
+        self._drain.start(listeners, timeout_s, self._drained)
+
+    def _drained(self) -> None:
+        self._set_mode(WorkerMode.DRAINED)
+        if self._master_gone:
+            self.stop(None)
+
+    def stop(self, timeout_s: float | None) -> None:
+        """End gracefully within `timeout_s` seconds (None: what the settings say)."""
+        if self._stopping.is_set():
+            return
+        if timeout_s is not None:
+            self._stop_timeout_s = timeout_s
+        self._arm_hard_end(self._stop_timeout_s)
+        if self.mode is not WorkerMode.BOOTING:
+            self._intake.close()
+            self._drain.stop()
+        Stage.drain()
+        self._set_mode(WorkerMode.STOPPING)
+        self._stopping.set()
+
+    def _refuse_in(self, *modes: WorkerMode) -> None:
+        if self.mode in modes:
+            raise Refused(f"worker {self._spec.worker} of generation {self._spec.generation} is {self.mode}")
+
+    def status(self) -> WorkerStatus:
+        """Everything that can be said of this worker now."""
+        state, handover = self._http.state, self._drain.handover
+        return WorkerStatus(
+            pid=os.getpid(),
+            generation=self._spec.generation,
+            worker=self._spec.worker,
+            mode=self.mode,
+            draining=self.operator_drain is not None,
+            connections=len(state.connections) + self._intake.pending,
+            requests_total=state.total_requests,
+            in_flight=sum(1 for each in state.connections for _ in open_cycles(each)),
+            tasks=len(state.tasks),
+            handed_over=handover.sent,
+            adopted=self._intake.adopted,
+            closed=self._drain.closed,
+            sending_s=handover.sending_s,
+            max_stall_s=max(handover.max_stall_s, self._intake.max_stall_s),
+            handover_cpu_s=handover.cpu_s,
+            rss_bytes=usage.rss_bytes(),
+            cpu_percent=self._cpu.percent(),
+            since=self._since,
+            listeners=self._intake.addresses,
+        )
+
+    # Its end
+
+    async def _shut_down(self) -> int:
+        deadline = self._loop.time() + self._stop_timeout_s
+        http, clean = self._http, True
+        for connection in list(http.state.connections):
+            if http.is_websocket(connection):
+                shut_down(connection)
+            else:
+                http.announce_close(connection)
+        first = True
+        while not self._drain.is_empty and self._loop.time() < deadline:
+            # a request that is in the socket already is read in the first pause, and still answered
+            await asyncio.sleep(min(_STOP_SWEEP_S, max(0.0, deadline - self._loop.time())))
+            for connection in list(http.state.connections):
+                if http.is_websocket(connection):
+                    shut_down(connection)
+                elif is_busy(connection):
+                    http.announce_close(connection)
+                    for cycle in open_cycles(connection):
+                        if cycle.response_started:
+                            cycle.keep_alive = False  # too late for the header
+                elif first or not self._intake.pending:
+                    shut_down(connection)
+            first = False
+        if not self._drain.is_empty:
+            _log.warning(
+                "event=stop-timeout connections=%d tasks=%d timeout_s=%g",
+                len(http.state.connections),
+                len(http.state.tasks),
+                self._stop_timeout_s,
+            )
+            await cut(http)
+            clean = False
+        remaining = max(_SHUTDOWN_S, deadline - self._loop.time())
+        self._arm_hard_end(remaining)
+        clean = await self._lifespan.shutdown(remaining) and clean
+        return self._exit or (EXIT_OK if clean else EXIT_CUT)
+
+    @staticmethod
+    def _arm_hard_end(timeout_s: float) -> None:
+        """End the process with status 1 and all its stacks, should it hang: needs neither the loop nor the GIL."""
+        faulthandler.dump_traceback_later(timeout_s + _HARD_EXTRA_S, exit=True, file=2)
+
+
+def recycle_limit(maximum: int | None, jitter: int) -> int | None:
+    """After how many requests this worker asks to be replaced, as uvicorn picks it."""
+    return None if maximum is None else maximum + random.randint(0, jitter)  # noqa: S311 - spreads restarts
+
+
+__all__ = ["StartFailed", "Worker", "recycle_limit"]
