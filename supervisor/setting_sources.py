@@ -33,6 +33,9 @@ _TYPES: dict[Kind, Any] = {
     Kind.SWITCH: bool,
     Kind.LIST: list[str],
 }
+_EMPTY_COUNTS = frozenset({"uds", "forwarded-allow-ips"})
+"""Elsewhere an empty text is as good as none: it turns off what a lower place has set. Here it is a mistake, or
+means to trust nobody."""
 _KUBERNETES = re.compile(r"SEGUE_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_.*)")
 """What Kubernetes sets in every container of a namespace that has a Service called segue."""
 
@@ -97,10 +100,9 @@ def fail(key: str, value: Any, source: str, expected: str, step: str = "") -> No
     shown = "" if setting.secret else f" = {value!r}"
     default = setting.shown_default or setting.default
     usual = f" for the default ({default})" if default not in {None, "", ()} else ""
-    raise SettingsError(f"{key}{shown} ({source}): expected {expected}; {step or f'correct it, or leave it out{usual}'}")
-
-
-# ------------------------------------------------------------------------------------------------------ flags
+    raise SettingsError(
+        f"{key}{shown} ({source}): expected {expected}; {step or f'correct it, or leave it out{usual}'}"
+    )
 
 
 def _flags(flags: Mapping[str, Any]) -> _Level:
@@ -122,10 +124,9 @@ def _flags(flags: Mapping[str, Any]) -> _Level:
 
 
 def _refuse(key: str, source: str) -> NoReturn:
-    raise SettingsError(f"{key} ({source}) is an option of uvicorn that segue does not take: {REFUSED[key].reason}")
-
-
-# ------------------------------------------------------------------------------------------------ environment
+    raise SettingsError(
+        f"{key} ({source}) is an option of uvicorn that segue does not take: {REFUSED[key].reason}"
+    )
 
 
 def _own_environment(environ: Mapping[str, str]) -> _Level:
@@ -151,10 +152,12 @@ def _uvicorn_environment(environ: Mapping[str, str]) -> _Level:
         if environ.get(variable):
             text: Any = environ[variable]
             is_list = setting.kind is Kind.LIST
-            level[setting.key] = Value(text.split() if is_list else text, f"environment {variable}", parsed=is_list)
-        elif setting.variable and (text := environ.get(setting.variable)) is not None:
-            # empty, FORWARDED_ALLOW_IPS trusts nobody; an empty number is none
-            if text or setting.kind is Kind.TEXT:
+            level[setting.key] = Value(
+                text.split() if is_list else text, f"environment {variable}", parsed=is_list
+            )
+        elif setting.variable and setting.variable in environ:
+            text = environ[setting.variable]
+            if text or setting.key in _EMPTY_COUNTS:
                 level[setting.key] = Value(text, f"environment {setting.variable}", parsed=False)
     return level
 
@@ -171,7 +174,11 @@ def _from_kubernetes(variable: str, value: str) -> bool:
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     known = OTHER_VARIABLES | {_own_variable(setting.key) for setting in TABLE}
     for variable in sorted(environ):
-        if not variable.startswith(PREFIX) or variable in known or _from_kubernetes(variable, environ[variable]):
+        if (
+            not variable.startswith(PREFIX)
+            or variable in known
+            or _from_kubernetes(variable, environ[variable])
+        ):
             continue
         key = variable.removeprefix(PREFIX).lower().replace("_", "-")
         if key in REFUSED:
@@ -182,9 +189,6 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
             f"{variable} (environment) is not a setting of segue{_suggest(variable, known)}; "
             "unset it, or see 'segue serve --help'"
         )
-
-
-# ------------------------------------------------------------------------------------------------------- file
 
 
 def _named_file(flags: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[str | None, str]:
@@ -204,7 +208,9 @@ def _file(named: str | None, source: str, base_dir: str) -> tuple[str | None, _L
         if os.path.basename(path) == "pyproject.toml":
             section = _section(table, path)
             if section is None:
-                raise SettingsError(f"config = {named!r} ({source}): {path} has no section [tool.segue]; add it")
+                raise SettingsError(
+                    f"config = {named!r} ({source}): {path} has no section [tool.segue]; add it"
+                )
             return path, _level(section, f"{path} [tool.segue]")
         return path, _level(table, path)
     for name in DEFAULT_FILES:
@@ -228,7 +234,9 @@ def _read(path: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise SettingsError(f"{path} can't be read: {error.strerror}; mend it, or name another with --config") from error
+        raise SettingsError(
+            f"{path} can't be read: {error.strerror}; mend it, or name another with --config"
+        ) from error
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
@@ -244,7 +252,9 @@ def _section(table: dict[str, Any], path: str) -> dict[str, Any] | None:
     tool = table.get("tool", {})
     section = tool.get("segue") if isinstance(tool, dict) else None
     if section is not None and not isinstance(section, dict):
-        raise SettingsError(f"tool.segue = {section!r} ({path}): expected a section; write [tool.segue] above the keys")
+        raise SettingsError(
+            f"tool.segue = {section!r} ({path}): expected a section; write [tool.segue] above the keys"
+        )
     return section
 
 
@@ -278,9 +288,6 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-# ----------------------------------------------------------------------------------------------------- values
-
-
 def _settle_address(levels: Iterable[_Level]) -> set[str]:
     """The keys that don't count, because a higher level says in another way where to listen.
 
@@ -305,11 +312,15 @@ def expected(setting: Setting) -> str:
     """What a setting takes, for a person."""
     if setting.choices:
         choices = ", ".join(repr(choice) for choice in setting.choices)
-        return f"one of {choices}" + (", or an import string (module:attribute)" if setting.importable else "")
+        return f"one of {choices}" + (
+            ", or an import string (module:attribute)" if setting.importable else ""
+        )
     if setting.kind is Kind.LIST:
         return "a list of texts" + (" or one text" if setting.key == "bind" else "")
     if setting.kind not in {Kind.INTEGER, Kind.NUMBER}:
-        return {Kind.SWITCH: "true or false", Kind.TEXT: "a text"}.get(setting.kind, f"the {setting.kind.value}")
+        return {Kind.SWITCH: "true or false", Kind.TEXT: "a text"}.get(
+            setting.kind, f"the {setting.kind.value}"
+        )
     words = ["a whole number" if setting.kind is Kind.INTEGER else "a number"]
     if setting.unit:
         words.append(f"of {setting.unit}")
@@ -333,7 +344,7 @@ def _convert(setting: Setting, given: Value) -> Value:
         if setting.kind is Kind.INTEGER and isinstance(raw, float):
             raise ValueError
         value = tuple(value) if isinstance(value, list) else value
-        if value == "" and setting.default is None and setting.key != "uds":
+        if value == "" and setting.default is None and setting.key not in _EMPTY_COUNTS:
             value = None  # given as empty: off
         elif not _within(setting, value):
             raise ValueError

@@ -40,9 +40,9 @@ def _integer(key: str, group: Group, text: str, **more: Any) -> Setting:
 
 
 def _seconds(key: str, group: Group, text: str, **more: Any) -> Setting:
-    more.setdefault("above", None if "minimum" in more else 0)
-    more = {"kind": Kind.NUMBER, "maximum": _YEAR_S, "unit": "seconds", "metavar": "SECONDS"} | more
-    return Setting(key=key, group=group, help=text, **more)
+    usual: dict[str, Any] = {"kind": Kind.NUMBER, "maximum": _YEAR_S, "unit": "seconds", "metavar": "SECONDS"}
+    positive: dict[str, Any] = {} if "minimum" in more else {"above": 0}
+    return Setting(key=key, group=group, help=text, **(usual | positive | more))
 
 
 def _switch(key: str, group: Group, text: str, **more: Any) -> Setting:

@@ -23,7 +23,7 @@ from bench.users import Interpreter, own
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60.0
-MARK = "SEGUE_TEST_MARK"
+MARK = "TEST_MARK_OF_SEGUE"
 HOT = "/api/v1/hot"
 
 
@@ -166,10 +166,9 @@ class Segue:
         try:
             deadline = time.monotonic() + timeout
             while True:
-                ready, _, _ = select.select(
-                    [self._notify, pidfd], [], [], max(0.0, deadline - time.monotonic())
-                )
-                if self._notify in ready:
+                waited = [self._notify.fileno(), pidfd]
+                ready, _, _ = select.select(waited, [], [], max(0.0, deadline - time.monotonic()))
+                if self._notify.fileno() in ready:
                     fields = dict(
                         line.split("=", 1) for line in self._notify.recv(8192).decode().splitlines()
                     )

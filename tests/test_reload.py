@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from typing import Any
 
 import pytest
 from scenario import HOT, Client, Load, Segue, supervised
@@ -145,7 +146,7 @@ def test_every_asker_gets_the_outcome_of_the_reload_that_covers_it(application, 
     application("1")
     with supervised("shop:app", cwd=tmp_path / "code") as master:
         application("2", prelude=slow)
-        answers: list[tuple[int, dict[str, object]]] = []
+        answers: list[tuple[int, dict[str, Any]]] = []
 
         def ask() -> None:
             answers.append(master.call("POST", f"{HOT}/reload"))

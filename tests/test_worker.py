@@ -100,3 +100,486 @@ def test_a_worker_accepts_nothing_until_it_is_activated_and_serves_then(bench: B
     assert worker.call("GET", "/readyz")[0] == 200
     assert client.ask("/state").text == "1 1 False False True"
     assert worker.stop() == 0
+
+
+STACKS = [(http, loop) for http in ("httptools", "h11") for loop in ("uvloop", "asyncio")]
+
+
+@pytest.mark.parametrize(("http", "loop"), STACKS)
+@pytest.mark.parametrize("family", ["inet", "inet6", "unix"])
+def test_keep_alive_connections_live_on_in_the_next_generation(
+    tmp_path: Path, http: str, loop: str, family: str
+) -> None:
+    with Bench(tmp_path, APP, family) as bench:
+        old = bench.spawn(http=http, loop=loop).wait_ready().activate()
+        clients = [bench.client() for _ in range(60)]
+        for client in clients[:40]:
+            assert client.ask("/").headers["x-pid"] == str(old.pid)
+        new = bench.spawn(http=http, loop=loop).wait_ready().activate()
+        busy = clients[:5]
+        for client in busy:
+            client.send(b"GET /slow?0.2 HTTP/1.1\r\nHost: test\r\n\r\n")
+        for client in busy:
+            # quiet is told while they are being answered
+            assert bench.listener.fileno() > 0
+        old.hand_over()
+        for client in busy:
+            answer = client.read()
+            assert answer.text == "slow"
+            assert "connection" not in answer.headers
+        for client in clients:
+            answer = client.ask("/again", b"body")
+            assert answer.headers["x-pid"] == str(new.pid)
+            assert answer.text == "POST /again body"
+        status = old.status()
+        assert (status.mode, status.connections, status.tasks, status.closed) == ("drained", 0, 0, 0)
+        assert status.handed_over == new.status().adopted
+        assert old.stop() == 0
+        assert new.stop() == 0
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: t\r\n\r\n"
+HOSTILE = (
+    b"POST /one HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED)
+    + SMUGGLED
+    + b"POST /two HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"5\r\nGET /\r\n%x;x=y\r\n%b\r\n0\r\nX-Trailer: GET / HTTP/1.1\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+    + b"GET /three HTTP/1.1\r\nHost: t\r\n\r\nGET /four HTTP/1.1\r\nHost: t\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(("http", "loop"), STACKS)
+def test_a_move_at_every_byte_of_a_hostile_stream_changes_no_answer(
+    bench: Bench, http: str, loop: str
+) -> None:
+    one = bench.spawn(http=http, loop=loop).wait_ready().activate()
+    other = bench.spawn(http=http, loop=loop).wait_ready()
+    unmoved = bench.client()
+    unmoved.send(HOSTILE)
+    expected = [unmoved.read() for _ in range(4)]
+    assert [answer.status for answer in expected] == [200] * 4
+    expected_texts = [answer.text for answer in expected]
+    assert [text.split()[1] for text in expected_texts] == ["/one", "/two", "/three", "/four"]
+    # all splits travel at once, each on its own connection: one half before the move, one after
+    clients = [bench.client() for _ in range(len(HOSTILE) + 1)]
+    for split, client in enumerate(clients):
+        client.send(HOSTILE[:split])
+    for client in clients[len(HOSTILE) - 40 :]:
+        client.read()  # by now the worker has read all that came before
+    other.activate()
+    one.hand_over(wait=False)
+    for split, client in enumerate(clients):
+        client.send(HOSTILE[split:])
+        read = 1 if split >= len(HOSTILE) - 40 else 0
+        assert [client.read().text for _ in range(4 - read)] == expected_texts[read:], split
+    one.wait_for("X_SEGUE_STATE", "drained")
+    assert one.status().closed == 0
+    for client in clients:
+        assert client.ask("/last").text == "GET /last "
+    assert one.stop() == 0
+    assert other.stop() == 0
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_a_request_answered_before_its_body_never_moves_and_is_closed_after_its_grace(
+    bench: Bench, http: str
+) -> None:
+    old = bench.spawn(http=http).wait_ready().activate()
+    silent, late = bench.client(), bench.client()
+    for client in (silent, late):
+        client.send(
+            b"POST /early HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED[:7]
+        )
+        assert client.read().text == "early"
+    new = bench.spawn(http=http).wait_ready().activate()
+    old.hand_over(wait=False)
+    while old.status().sending_s is None:
+        pass
+    late.send(SMUGGLED[7:])
+    answer = late.ask("/next")
+    assert answer.text == "GET /next "
+    assert answer.headers["x-pid"] == str(old.pid)
+    assert answer.headers["connection"] == "close"
+    assert late.is_closed(5)
+    assert silent.is_closed(5)
+    old.wait_for("X_SEGUE_STATE", "drained")
+    assert new.status().adopted == 0
+    assert old.stop() == 0
+    assert new.stop() == 0
+
+
+def test_keep_alive_time_is_carried_over_three_handovers(bench: Bench) -> None:
+    import time
+
+    workers = [bench.spawn(timeout_keep_alive=4).wait_ready().activate()]
+    idle, fresh, talking = bench.client(), bench.client(), bench.client()
+    idle.ask()
+    talking.ask()
+    started = time.monotonic()
+    for _ in range(3):
+        workers.append(bench.spawn(timeout_keep_alive=4).wait_ready().activate())
+        workers[-2].hand_over()
+    talking.ask()
+    assert idle.is_closed(10)
+    passed = time.monotonic() - started
+    assert 3.5 < passed < 5.5
+    # what had said nothing has no timer, as under uvicorn; what spoke again has a new one
+    assert fresh.ask().headers["x-pid"] == str(workers[-1].pid)
+    assert talking.ask().status == 200
+    for worker in workers:
+        assert worker.stop() == 0
+
+
+def test_a_background_task_outlives_the_move_of_its_connection(bench: Bench, tmp_path: Path) -> None:
+    old = bench.spawn().wait_ready().activate()
+    gate = tmp_path / "gate"
+    client = bench.client()
+    assert client.ask(f"/background?{gate}").text == "background"
+    new = bench.spawn().wait_ready().activate()
+    old.hand_over(wait=False)
+    while (status := old.status()).connections:
+        pass
+    assert client.ask("/").headers["x-pid"] == str(new.pid)
+    assert (status.mode, status.connections, status.tasks) == ("draining", 0, 1)
+    gate.touch()
+    old.wait_for("X_SEGUE_STATE", "drained")
+    assert (tmp_path / "gate.done").exists()
+    assert old.stop() == 0
+    assert new.stop() == 0
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_nothing_is_lost_while_nobody_reads_the_relay(bench: Bench, http: str) -> None:
+    old = bench.spawn(http=http).wait_ready().activate()
+    clients = [bench.client() for _ in range(700)]
+    for client in clients:
+        client.ask()
+    new = bench.spawn(http=http).wait_ready()
+    # one descriptor a message fills the relay long before all are sent
+    bench.relay_write.setsockopt(__import__("socket").SOL_SOCKET, __import__("socket").SO_SNDBUF, 4608)
+    old.hand_over(wait=False)
+    kept = 0
+    for client in clients[:300]:
+        client.send(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+    left = old.status().connections
+    assert 0 < left < 700
+    new.activate()
+    for client in clients[:300]:
+        kept += client.read().headers["x-pid"] == str(old.pid)
+    old.wait_for("X_SEGUE_STATE", "drained")
+    for client in clients:
+        assert client.ask().headers["x-pid"] == str(new.pid)
+    assert old.status().closed == 0
+    assert old.stop() == 0
+    assert new.stop() == 0
+
+
+def test_a_draining_worker_can_be_activated_again(bench: Bench) -> None:
+    old = bench.spawn().wait_ready().activate()
+    streaming, talking, early = bench.client(), bench.client(), bench.client()
+    early.send(b"POST /early HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n")
+    early.read()
+    talking.send(b"GET /slow?0.5 HTTP/1.1\r\nHost: t\r\n\r\n")
+    while old.status().in_flight != 1:
+        pass
+    old.hand_over(wait=False)
+    assert old.command("drain/stop?mode=handover").mode == "active"
+    assert talking.read().text == "slow"
+    assert talking.ask("/state").text == "1 1 False False True"
+    early.send(b"12345")
+    assert "connection" not in early.ask("/").headers
+    assert streaming.ask("/").headers["x-pid"] == str(old.pid)
+    # and from drained
+    new = bench.spawn().wait_ready().activate()
+    old.hand_over()
+    assert old.activate().status().mode == "active"
+    new.hand_over()
+    assert talking.ask("/state").text == "1 1 False False True"
+    assert new.stop() == 0
+    assert old.stop() == 0
+
+
+def test_bad_commands_are_refused_with_what_is_known(bench: Bench) -> None:
+    worker = bench.spawn().wait_ready()
+    assert worker.call("POST", "/api/v1/hot/drain/start?mode=nonsense")[1]["known"] == [
+        "handover",
+        "reject",
+        "queue",
+    ]
+    assert worker.call("POST", "/api/v1/hot/drain/start?mode=nonsense")[0] == 400
+    assert worker.call("POST", "/api/v1/hot/drain/start?mode=handover&timeout=soon")[0] == 400
+    assert worker.call("POST", "/api/v1/hot/stop?timeout=-1")[0] == 400
+    status, body = worker.call("POST", "/api/v1/hot/reload")
+    assert status == 409
+    assert body["master"].endswith("/master")
+    assert worker.call("GET", "/nothing")[0] == 404
+    worker.activate()
+    assert worker.command("drain/start?mode=reject").draining
+    assert worker.status().mode == "active"
+    assert worker.call("GET", "/readyz")[0] == 503
+    assert not worker.command("drain/stop").draining
+    assert worker.call("GET", "/readyz")[0] == 200
+    assert worker.stop() == 0
+
+
+BROKEN = {
+    "import": (
+        "import redis_that_is_not_there",
+        {},
+        "import of shop failed: ModuleNotFoundError: No module named 'redis_that",
+    ),
+    "syntax": ("def", {}, "import of shop failed: SyntaxError"),
+    "exit": ("import sys; sys.exit(9)", {}, "import of shop failed: it called sys.exit(9)"),
+    "attribute": ("", {}, "import of shop failed: AttributeError: module 'shop' has no attribute 'app'"),
+    "factory": (
+        "def app(): raise TypeError('no such option')",
+        {"factory": True},
+        "TypeError: no such option",
+    ),
+    "log": (
+        "app = None",
+        {"log_config": "/nowhere.yaml"},
+        "the configuration can't be used: FileNotFoundError",
+    ),
+    "startup": (
+        "async def app(scope, receive, send):\n await receive()\n raise RuntimeError('no database')",
+        {},
+        "start-up of the application failed: RuntimeError: no database",
+    ),
+    "reported": (
+        "async def app(scope, receive, send):\n await receive()\n"
+        " await send({'type': 'lifespan.startup.failed', 'message': 'Traceback\\nOSError: no disk'})",
+        {},
+        "start-up of the application failed: OSError: no disk",
+    ),
+    "on": (
+        "async def app(scope, receive, send):\n raise KeyError('lifespan')",
+        {"lifespan": "on"},
+        "start-up of the application failed: KeyError: 'lifespan'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_failed_start_says_where_and_why(tmp_path: Path, kind: str) -> None:
+    code, options, reason = BROKEN[kind]
+    with Bench(tmp_path, code or "other = 1") as bench:
+        worker = bench.spawn(**options)
+        said = worker.wait_for("X_SEGUE_FAILED")
+        assert reason in said
+        assert worker.wait() == 3
+        assert said in worker.output
+        if kind not in {"reported", "attribute"}:
+            assert "Traceback" in worker.output or kind == "on"
+
+
+def test_an_application_without_lifespan_is_served(tmp_path: Path) -> None:
+    app = """
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+    with Bench(tmp_path, app) as bench:
+        worker = bench.spawn().wait_ready().activate()
+        assert bench.client().ask().text == "ok"
+        assert worker.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/boom", "warm-up of /boom failed: RuntimeError: boom"),
+        ("/five", "warm-up of /five failed: it answered 503"),
+    ],
+)
+def test_a_failed_warm_up_is_a_failed_start_and_the_application_is_shut_down(
+    bench: Bench, path: str, reason: str
+) -> None:
+    worker = bench.spawn(spec={"warm_up": ("/fine", path)})
+    assert worker.wait_for("X_SEGUE_FAILED") == reason
+    assert worker.wait() == 3
+    assert "application ends" in worker.output
+
+
+def test_a_check_starts_and_ends_the_application_without_serving(bench: Bench) -> None:
+    worker = bench.spawn(spec={"check_only": True, "warm_up": ("/fine",)})
+    assert worker.wait() == 0
+    assert "application ends" in worker.output
+
+
+@pytest.mark.parametrize("ws", ["websockets-sansio", "websockets"])
+def test_websockets_end_with_1012_at_the_deadline_and_busy_requests_are_answered(
+    bench: Bench, ws: str
+) -> None:
+    old = bench.spawn(ws=ws).wait_ready().activate()
+    socket, slow = bench.client(), bench.client()
+    socket.send(
+        b"GET /ws HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    assert socket.read().status == 101
+    slow.send(b"GET /slow?60 HTTP/1.1\r\nHost: t\r\n\r\n")
+    while old.status().in_flight != 1:
+        pass
+    old.hand_over(timeout=0.5)
+    assert socket.file.read(4) == b"\x88\x02" + (1012).to_bytes(2, "big")
+    assert slow.read().status == 500
+    assert old.status().closed >= 1
+    assert old.stop() == 0
+
+
+def test_a_stop_answers_what_is_busy_and_closes_what_is_idle(bench: Bench) -> None:
+    worker = bench.spawn().wait_ready().activate()
+    idle, busy, stream = bench.client(), bench.client(), bench.client()
+    idle.ask()
+    busy.send(b"GET /slow?0.5 HTTP/1.1\r\nHost: t\r\n\r\n")
+    stream.send(b"GET /stream HTTP/1.1\r\nHost: t\r\n\r\n")
+    while worker.status().in_flight != 2:
+        pass
+    assert worker.command("stop?timeout=10").mode == "stopping"
+    worker.wait_for("STOPPING")
+    answer = busy.read()
+    assert (answer.text, answer.headers["connection"]) == ("slow", "close")
+    assert stream.read().text.endswith("xend")
+    assert idle.is_closed(5)
+    assert worker.wait() == 0
+    assert not Path(worker.control).exists()
+
+
+def test_a_stop_that_had_to_cut_says_so(bench: Bench) -> None:
+    worker = bench.spawn().wait_ready().activate()
+    client = bench.client()
+    client.send(b"GET /slow?60 HTTP/1.1\r\nHost: t\r\n\r\n")
+    while worker.status().in_flight != 1:
+        pass
+    assert worker.stop(timeout=0.3) == 1
+
+
+def test_sigterm_is_a_graceful_stop_and_sigint_is_nothing(bench: Bench) -> None:
+    import signal
+
+    worker = bench.spawn().wait_ready().activate()
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.status().mode == "active"
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+def test_a_worker_that_waits_ends_with_its_master_and_one_that_serves_goes_on(bench: Bench) -> None:
+    active = bench.spawn().wait_ready().activate()
+    draining = bench.spawn().wait_ready().activate()
+    waiting = bench.spawn().wait_ready()
+    client = bench.client()
+    client.send(b"GET /slow?0.5 HTTP/1.1\r\nHost: t\r\n\r\n")
+    while active.status().in_flight + draining.status().in_flight != 1:
+        pass
+    leaving, staying = (draining, active) if draining.status().in_flight else (active, draining)
+    leaving.hand_over(wait=False)
+    bench.lose_master()
+    assert waiting.wait() == 4
+    assert client.read().text == "slow"
+    assert leaving.wait() == 0
+    assert client.ask().headers["x-pid"] == str(staying.pid)
+    assert staying.status().mode == "active"
+    assert staying.stop() == 0
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_small_descriptor_limits_lose_no_connection(bench: Bench, http: str) -> None:
+    old = bench.spawn(http=http, prlimit="256").wait_ready().activate()
+    clients = [bench.client() for _ in range(250)]
+    for client in clients[:150]:
+        assert client.ask().status == 200
+    for client in clients[150:]:
+        client.send(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+    assert old.status().connections <= 256
+    new = [bench.spawn(http=http, prlimit="256").wait_ready().activate() for _ in range(2)]
+    old.hand_over()
+    for client in clients[150:]:
+        assert client.read().status == 200
+    pids = {client.ask().headers["x-pid"] for client in clients}
+    assert pids == {str(worker.pid) for worker in new}
+    assert sum(worker.status().connections for worker in new) == 250
+    for worker in [old, *new]:
+        assert worker.stop() == 0
+
+
+def test_health_and_the_hot_endpoints_stand_on_the_public_listener_if_asked_for(bench: Bench) -> None:
+    worker = bench.spawn(spec={"health_path": "/health", "token": "secret"}).wait_ready().activate()
+    client = bench.client()
+    assert client.ask("/health").status == 200
+    assert client.ask("/healthy").text == "GET /healthy "
+    worker.command("drain/start?mode=reject")
+    assert client.ask("/health").status == 503
+    answer = client.ask("/api/v1/hot/status")
+    assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+    client.send(b"GET /api/v1/hot/status HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer secret\r\n\r\n")
+    assert client.read().status == 503  # there is no master
+    assert client.ask("/other").status == 200
+    assert worker.stop() == 0
+
+
+def test_the_environment_is_clean_before_the_application_is_imported(tmp_path: Path) -> None:
+    app = """
+import os
+bad = [key for key in os.environ if key.startswith(("LISTEN_", "WATCHDOG_", "SEGUE_FDS", "NOTIFY"))]
+assert not bad, bad
+for fd in range(3, 11):
+    assert not os.get_inheritable(fd)
+async def app(scope, receive, send):
+    raise KeyError
+"""
+    with Bench(tmp_path, app) as bench:
+        worker = bench.spawn(
+            environ={"WATCHDOG_USEC": "1", "NOTIFY_SOCKET": "/x", "WATCHDOG_PID": "1"}
+        ).wait_ready()
+        assert worker.stop() == 0
+
+
+def test_boot_output_reaches_stdout_and_stays_small(tmp_path: Path) -> None:
+    import os
+
+    app = """
+import sys, time
+for _ in range(60):
+    print("x" * 100_000)
+    time.sleep(0.01)
+print("the end of the import")
+async def app(scope, receive, send):
+    raise KeyError
+"""
+    with Bench(tmp_path, app) as bench:
+        worker = bench.spawn().wait_ready()
+        assert os.fstat(worker._output).st_blocks * 512 < 3 << 20
+        text = os.pread(bench.stdout, 8 << 20, 0)
+        assert b"the end of the import" in text
+        assert len(text) < 4 << 20
+        assert worker.stop() == 0
+
+
+def test_a_stdout_that_nobody_reads_does_not_hang_readiness(bench: Bench) -> None:
+    import os
+
+    os.close(bench.stdout)
+    reader, bench.stdout = os.pipe()
+    os.set_blocking(bench.stdout, False)
+    try:
+        while True:
+            os.write(bench.stdout, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(bench.stdout, True)
+    worker = bench.spawn(log_level="critical", dev=False).wait_ready().activate()
+    assert bench.client().ask("/state").status == 200
+    os.close(reader)
+    worker.stop()
+
+
+def test_a_worker_asks_to_be_recycled_after_its_requests(bench: Bench) -> None:
+    worker = bench.spawn(limit_max_requests=3).wait_ready().activate()
+    client = bench.client()
+    for _ in range(4):
+        client.ask()
+    assert worker.wait_for("X_SEGUE_RECYCLE") == "limit_max_requests"
+    assert client.ask().status == 200
+    assert worker.stop() == 0

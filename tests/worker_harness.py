@@ -181,6 +181,7 @@ class Bench:
         app: str | None = "shop:app",
         environ: dict[str, str] | None = None,
         prlimit: str = "",
+        dev: bool = True,
         spec: dict[str, Any] | None = None,
         **uvicorn: Any,
     ) -> Worker:
@@ -219,7 +220,7 @@ class Bench:
                 FdName.STDOUT: os.dup(self.stdout),
                 FdName.STDERR: os.dup(self.stdout),
             }
-            command = [sys.executable, "-P", "-X", "dev", "-W", "default", "-m", "segue.worker"]
+            command = [sys.executable, "-P", *(["-X", "dev"] if dev else []), "-m", "segue.worker"]
             if prlimit:
                 command = ["prlimit", f"--nofile={prlimit}", *command]
             process = subprocess.Popen(

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -40,9 +40,9 @@ def main() -> int:
     output = BootOutput(fds[FdName.STDOUT], fds[FdName.STDERR])
     telling = Telling(spec.notify_socket, spec.heartbeat_s)
 
-    def ready() -> None:
+    async def ready() -> None:
         priority.restore()
-        output.finish()
+        await output.finish()
 
     from segue.worker.lifespan import StartFailed
 
@@ -68,7 +68,7 @@ def _read_spec(fds: Mapping[str, int]) -> WorkerSpec:
 
 
 def _run(
-    spec: WorkerSpec, fds: Mapping[str, int], telling: Telling, ready: Callable[[], None], on_terminal: bool
+    spec: WorkerSpec, fds: Mapping[str, int], telling: Telling, ready: Callable[[], Awaitable[None]], on_terminal: bool
 ) -> int:
     from segue.worker.worker import Worker, recycle_limit
 

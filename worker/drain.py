@@ -140,9 +140,10 @@ async def cut(http: Http, keep: Callable[[Protocol], bool] | None = None) -> int
         close(connection)
     if left:
         await asyncio.sleep(0)
-        deadline = asyncio.get_running_loop().time() + _SETTLE_S
-        while any(each in http.state.connections for each in left) and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        for _ in range(int(_SETTLE_S / _SWEEP_S)):
+            if http.state.connections.isdisjoint(left):
+                break
+            await asyncio.sleep(_SWEEP_S)
         for connection in left:
             if connection in http.state.connections:
                 close(connection, abort=True)

@@ -6,6 +6,7 @@ back (a hole), which, unlike cutting the file, loses nothing that is being writt
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -43,7 +44,7 @@ class BootOutput:
         """Whether the output will go to a terminal."""
         return os.isatty(self._stdout)
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """Pass on what was printed so far, and print straight to the inherited stdout and stderr from now on.
 
         Takes a second at most if nobody reads there: then what was printed so far is dropped.
@@ -55,7 +56,9 @@ class BootOutput:
         # O_NONBLOCK would change it for everyone who has it
         replay = threading.Thread(target=self._replay, name="segue-replay", daemon=True)
         replay.start()
-        replay.join(_REPLAY_TIMEOUT_S + 0.2)
+        deadline = time.monotonic() + _REPLAY_TIMEOUT_S + 0.2
+        while replay.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)
 

@@ -16,7 +16,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import uvicorn
 
@@ -60,7 +60,7 @@ class Worker:
         fds: Mapping[str, int],
         telling: Telling,
         limit_max_requests: int | None,
-        on_ready: Callable[[], None],
+        on_ready: Callable[[], Awaitable[None]],
     ) -> None:
         self.spec_generation = spec.generation
         self.master_socket = spec.master_socket
@@ -153,7 +153,7 @@ class Worker:
         for path in self._spec.warm_up:
             await warm_up(self._config, path, self._lifespan.state, listener, self._http.state.tasks)
         if not self._spec.check_only:
-            self._on_ready()
+            await self._on_ready()
             self._set_mode(WorkerMode.READY)
 
     def _tick(self) -> None:

@@ -1,0 +1,256 @@
+"""The effective settings of an instance, and where each of them comes from.
+
+Precedence: flag, ``SEGUE_<KEY>``, uvicorn's variables (``UVICORN_<NAME>``, ``WEB_CONCURRENCY``,
+``FORWARDED_ALLOW_IPS``), settings file, default. Where to listen is one decision: the highest of these places that
+says anything about it (``bind``, or ``uds``, or ``fd``, or ``host`` and ``port``) puts the other ways aside.
+
+`load` is called again at every reload and reads files again. It checks everything that can be known without
+importing the application, so that a reload with a mistake is refused with the reason. Paths are made absolute and
+never resolved: ``/srv/current`` may lead elsewhere at the next reload. Neither uvicorn nor ssl is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from segue.supervisor import setting_checks as checks
+from segue.supervisor.addresses import absolute
+from segue.supervisor.setting_schema import ADDRESS_FORMS, Kind, SettingsError
+from segue.supervisor.setting_sources import collect
+from segue.supervisor.setting_table import BY_KEY, TABLE
+
+__all__ = [
+    "Effective",
+    "Settings",
+    "SettingsError",
+    "load",
+    "logical_cwd",
+    "read_token",
+    "restart_only",
+    "show",
+]
+
+MIN_TOKEN_LENGTH = 16
+MAX_TOKEN_LENGTH = 1024
+_MASK = "********"
+_WIDEST = 40
+"""Columns; what is longer pushes only its own line to the right."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Every effective value. Times in seconds; paths absolute, with their symbolic links as given."""
+
+    app: str | None
+    """``module:attribute``; None for the built-in application."""
+    factory: bool
+    app_dir: str
+    base_dir: str
+    """The logical working directory at start."""
+    python: str
+    """The interpreter of the workers."""
+    binds: tuple[str, ...]
+    """As `addresses.normalize` writes them: ``127.0.0.1:8000``, ``[::1]:8000``, ``:8000``, ``unix:/path``, ``fd:3``."""
+    workers: int
+    name: str
+    runtime_dir: str | None
+    """As given; None: the default search."""
+    ready_timeout: float
+    drain_timeout: float
+    timeout_graceful_shutdown: float
+    idle_grace: float
+    timeout_keep_alive: int
+    heartbeat_timeout: float
+    warm_up: tuple[str, ...]
+    health_path: str | None
+    admin: str | None
+    """Written as a bind."""
+    token_file: str | None
+    stop_delay: float
+    uvicorn: dict[str, Any]
+    """Keyword arguments of ``uvicorn.Config``; what is not set is not in it, so that uvicorn's own default counts."""
+    backlog: int
+
+    def __repr__(self) -> str:
+        """Without secrets."""
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        secret = {setting.uvicorn for setting in TABLE if setting.secret}
+        shown["uvicorn"] = {name: _MASK if name in secret else value for name, value in self.uvicorn.items()}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+class Effective(msgspec.Struct, frozen=True):
+    """Settings, and where each key comes from."""
+
+    settings: Settings
+    sources: dict[str, str]
+    """By key; the address in all its forms is ``bind``."""
+    file: str | None
+    """The settings file that was read."""
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) -> Effective:
+    """Find and check the settings. `flags` are those that were given on the command line, by parameter name.
+
+    Reads files: not for the event loop. Raises `SettingsError`.
+    """
+    given = collect(flags, environ, base_dir)
+    values = {setting.key: given.get(setting.key) for setting in TABLE}
+    for setting in TABLE:
+        if setting.kind in {Kind.FILE, Kind.DIRECTORY} and values[setting.key] is not None:
+            values[setting.key] = checks.existing(setting, given, base_dir)
+    python = checks.interpreter(given, environ, base_dir)
+    checks.check_texts(given)
+    checks.check_combinations(given, python)
+    binds, bind_source = checks.settle_binds(given, base_dir)
+    values["header"] = checks.split_headers(given)
+    settings = Settings(
+        app=values["app"],
+        factory=values["factory"],
+        app_dir=values["app-dir"] or base_dir,
+        base_dir=base_dir,
+        python=python,
+        binds=binds,
+        workers=values["workers"],
+        name=values["name"],
+        runtime_dir=values["runtime-dir"],
+        ready_timeout=values["ready-timeout"],
+        drain_timeout=values["drain-timeout"],
+        timeout_graceful_shutdown=values["timeout-graceful-shutdown"],
+        idle_grace=values["idle-grace"],
+        timeout_keep_alive=values["timeout-keep-alive"],
+        heartbeat_timeout=values["heartbeat-timeout"],
+        warm_up=values["warm-up"],
+        health_path=values["health-path"],
+        admin=checks.settle_admin(given, binds, base_dir),
+        token_file=values["token-file"],
+        stop_delay=values["stop-delay"],
+        uvicorn={
+            str(setting.uvicorn): values[setting.key]
+            for setting in TABLE
+            if setting.in_config and values[setting.key] is not None
+        },
+        backlog=values["backlog"],
+    )
+    inputs = {key for keys in ADDRESS_FORMS.values() for key in keys}
+    sources = {setting.key: given.source(setting.key) for setting in TABLE if setting.key not in inputs}
+    sources |= {"bind": bind_source, "config": given.file_source}
+    return Effective(settings, sources, given.file)
+
+
+def read_token(path: str) -> str:
+    """The bearer token in `path`, without the white space around it. Raises `SettingsError`.
+
+    Refused: shorter than 16 characters, or not one word of printable ASCII; a file that users outside its group can
+    use, or that its group can write to. Its group may read: that is how Kubernetes (``fsGroup``) and systemd hand
+    secrets to a service.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            found = os.fstat(fd)
+            data = file.read(MAX_TOKEN_LENGTH + 3) if stat.S_ISREG(found.st_mode) else None
+    except OSError as error:
+        raise SettingsError(
+            f"token-file {path} can't be read: {error.strerror}; mend it or name another"
+        ) from error
+    if data is None:
+        raise SettingsError(f"token-file {path} is not a regular file; name another")
+    if found.st_mode & 0o027:
+        mode = stat.S_IMODE(found.st_mode)
+        raise SettingsError(
+            f"token-file {path} is open to other users (mode {mode:04o}); 'chmod 0600 {path}', or 0640 for its group"
+        )
+    token = data.decode("latin-1").strip()
+    if not token:
+        raise SettingsError(
+            f"token-file {path} is empty; write a token of {MIN_TOKEN_LENGTH} characters or more into it"
+        )
+    if not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError(
+            f"token-file {path} must hold one word of printable ASCII; write such a token into it"
+        )
+    if not MIN_TOKEN_LENGTH <= len(token) <= MAX_TOKEN_LENGTH:
+        raise SettingsError(
+            f"token-file {path} holds a token of {len(token)} characters; "
+            f"expected {MIN_TOKEN_LENGTH} to {MAX_TOKEN_LENGTH}"
+        )
+    return token
+
+
+def restart_only(old: Settings, new: Settings) -> list[str]:
+    """The keys that differ and that a reload does not apply, only a restart of the master."""
+    return [
+        setting.key
+        for setting in TABLE
+        if setting.restart and getattr(old, setting.name) != getattr(new, setting.name)
+    ]
+
+
+def show(effective: Effective, as_json: bool) -> str:
+    """Key, value and where it comes from, as a table or as JSON (``{key: {"value": …, "source": …}}``).
+
+    Secrets are masked in both.
+    """
+    rows = {key: (_effective_value(key, effective), source) for key, source in effective.sources.items()}
+    if as_json:
+        document = {key: {"value": value, "source": source} for key, (value, source) in sorted(rows.items())}
+        return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    order = ["config", *(setting.key for setting in TABLE if setting.key in rows)]
+    cells = [("KEY", "VALUE", "FROM")] + [(key, _readable(key, rows[key][0]), rows[key][1]) for key in order]
+    widths = [min(max(len(row[column]) for row in cells), _WIDEST) for column in (0, 1)]
+    return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {source}" for key, value, source in cells)
+
+
+def logical_cwd(environ: Mapping[str, str]) -> str:
+    """The working directory by the name under which it was entered (``$PWD``), if that is where we are.
+
+    Its symbolic links stay, so that each reload resolves them anew. Raises `SettingsError` if it is gone.
+    """
+    logical = environ.get("PWD", "")
+    try:
+        if (
+            logical.startswith("/")
+            and not {".", ".."} & set(logical.split("/"))
+            and os.path.samefile(logical, ".")
+        ):
+            return absolute(logical, "/")
+    except OSError:
+        pass  # a stale $PWD
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise SettingsError(
+            f"the working directory can't be found: {error.strerror}; change to one that exists"
+        ) from error
+
+
+def _effective_value(key: str, effective: Effective) -> Any:
+    settings = effective.settings
+    if key == "config":
+        return effective.file
+    if key == "bind":
+        return settings.binds
+    setting = BY_KEY[key]
+    value = (
+        settings.uvicorn.get(setting.uvicorn or "") if setting.in_config else getattr(settings, setting.name)
+    )
+    return _MASK if setting.secret and value is not None else value
+
+
+def _readable(key: str, value: Any) -> str:
+    if value is None or value in ("", (), []):
+        shown = BY_KEY[key].shown_default if key in BY_KEY else None
+        return f"({shown})" if shown else "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(item if isinstance(item, str) else ": ".join(item) for item in value)
+    return str(value)

@@ -1,0 +1,803 @@
+"""A world for the lifecycle: a shell, processes, an operator and a clock, all made up, and the "Never" list checked.
+
+`World` carries out the effects of `segue.supervisor.lifecycle.step` on simulated workers, as
+`segue.supervisor.master` does on real ones, with faults on demand. It guarantees to the lifecycle exactly what the
+real shell does: a command that isn't answered within its timeout comes back with an error, the calls to one worker
+are made one after the other, and each `Spawn` comes to one end. After every step the invariants are checked.
+
+Time is a number. It jumps to whatever is next: something that happens in a worker, or `next_deadline`.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from segue.supervisor import lifecycle
+from segue.supervisor import model as m
+from segue.supervisor.model import GenerationState, Verb, WorkerState
+
+LIMITS = m.Limits(ready_timeout=20.0, drain_timeout=60.0, stop_timeout=10.0, heartbeat_timeout=9.0)
+BOOT_S = 1.0
+BEAT_S = 3.0
+REPEAT_S = 1.0
+LATENCY_S = 0.01
+GATE_S = 0.05
+SLOW_GATE_S = 8.0
+LATE_S = 1.0
+STEPS_AT_ONCE = 2000
+"""More steps than this without any time passing are a busy loop."""
+
+Key = tuple[int, int]
+
+CODES = ("good", "slow", "exits", "hangs", "dies when ready", "refuses activation", "silent on activation")
+WEATHERS = (
+    "spawns fail",
+    "boots fail",
+    "boots hang",
+    "requests lost",
+    "answers lost",
+    "commands refused",
+    "datagrams lost",
+    "slow disk",
+    "stubborn",
+)
+SETTINGS = ("good", "broken", "late", "never read")
+
+ANSWERS: dict[Verb, type[Any]] = {
+    Verb.ACTIVATE: m.Activated,
+    Verb.QUIET: m.Quieted,
+    Verb.HAND_OVER: m.HandingOver,
+    Verb.STOP: m.StopTaken,
+    Verb.DRAIN: m.DrainTold,
+}
+
+
+@dataclass
+class Call:
+    """A command on its way to a worker."""
+
+    command: m.Command
+    answered: bool = False
+
+
+@dataclass(eq=False)
+class Process:
+    """A worker as it really is, whatever the lifecycle believes."""
+
+    key: Key
+    behaviour: str
+    gated: bool
+    operator_drain: str | None
+    mode: str = "booting"
+    alive: bool = True
+    hung: bool = False
+    work_s: float = 0.5
+    """How long what it has to finish takes."""
+    unconfirmed: bool = False
+    ready_seen: bool = False
+    wants_recycling: bool = False
+    stopped_by_master: bool = False
+    calls: deque[Call] = field(default_factory=deque)
+    call: Call | None = None
+    backlog: list[Callable[[], None]] = field(default_factory=list)
+    """What it does once its loop turns again."""
+
+    @property
+    def accepts(self) -> bool:
+        return self.alive and self.mode == "active"
+
+
+class World:
+    """One instance of segue, and everything around it."""
+
+    def __init__(self, workers: int = 2, limits: m.Limits = LIMITS) -> None:
+        self.now = 1000.0
+        self.limits = limits
+        self.state = m.State()
+        self.processes: dict[Key, Process] = {}
+        self.code = 1
+        self.behaviour = "good"
+        self.weather: set[str] = set()
+        self.settings = "good"
+        self.workers_setting = workers
+        self.deadlines_first = False
+        self.releases: dict[int, tuple[int, str, int]] = {}
+        """Generation → the code, its behaviour and the workers setting that it was started from."""
+        self.answers: dict[int, m.Settle] = {}
+        self.asked: dict[int, m.Event] = {}
+        self.log: list[m.Effect] = []
+        self.said: Counter[str] = Counter()
+        self.spawned: dict[Key, float] = {}
+        self.ended: Counter[Key] = Counter()
+        self.promoted: list[int] = []
+        self.drained: list[int] = []
+        self.harmed: set[int] = set()
+        """Generations with a worker that crashed, hung or could not be spoken with."""
+        self.exit: int | None = None
+        self.first_failed = False
+        self.served_at_stop: bool | None = None
+        self.cut_at_stop = False
+        self.last_messages: deque[m.Event] = deque(maxlen=30)
+        self._next_operation = 1
+        self._frozen: list[m.Event] | None = None
+        self._queue: deque[m.Event] = deque()
+        self._happenings: list[tuple[float, int, Callable[[], None]]] = []
+        self._sequence = 0
+        self._steps = 0
+        self._steps_now = 0
+
+    # ----------------------------------------------------------------------------------------- the operator
+
+    def reload(self) -> int:
+        """Ask for a reload; returns the operation."""
+        return self._ask(lambda number: m.ReloadAsked(number))
+
+    def scale(self, count: int) -> int:
+        return self._ask(lambda number: m.ScaleAsked(number, count=count))
+
+    def nudge(self, delta: int) -> None:
+        """TTIN or TTOU."""
+        self.put(m.ScaleAsked(None, delta=delta))
+
+    def drain(self, mode: str | None) -> int:
+        return self._ask(lambda number: m.DrainAsked(number, mode))
+
+    def stop(self, at_once: bool = False, delay: float = 0.0, budget: float = 10.0) -> int:
+        return self._ask(lambda number: m.StopAsked(number, at_once, delay, budget))
+
+    def signal_stop(self, at_once: bool = False, delay: float = 0.0, budget: float = 10.0) -> None:
+        self.put(m.StopAsked(None, at_once, delay, budget))
+
+    def start(self) -> int:
+        """The first start, until it is over."""
+        operation = self.reload()
+        self.run_until(lambda: operation in self.answers and (self.exit is not None or bool(self.promoted)))
+        return operation
+
+    def _ask(self, event: Callable[[int], m.Event]) -> int:
+        number = self._next_operation
+        self._next_operation += 1
+        if self.exit is None:
+            self.asked[number] = event(number)
+            self.put(self.asked[number])
+        return number
+
+    def deploy(self, behaviour: str = "good") -> None:
+        """Other code is on the disk now, and this is how it starts."""
+        self.code += 1
+        self.behaviour = behaviour
+
+    def restore(self, generation: int) -> None:
+        """The code of that generation is on the disk again."""
+        self.code, self.behaviour, _ = self.releases[generation]
+
+    # -------------------------------------------------------------------------------------------- mishaps
+
+    def live(self) -> list[Process]:
+        """Processes in the order of their start."""
+        return [process for process in self.processes.values() if process.alive]
+
+    def of(self, generation: int) -> list[Process]:
+        return [process for process in self.live() if process.key[0] == generation]
+
+    def serving(self) -> list[Process]:
+        """Processes of the current generation that accept."""
+        return [process for process in self.live() if process.accepts and process.key[0] == self.state.current]
+
+    def crash(self, process: Process, status: int = -11) -> None:
+        self._harm(process.key[0])
+        self._die(process, status, "crashed")
+        self._settle_queue()
+
+    def hang(self, process: Process) -> None:
+        self._harm(process.key[0])
+        process.hung = True
+
+    def wake(self, process: Process) -> None:
+        process.hung = False
+        backlog, process.backlog = process.backlog, []
+        for action in backlog:
+            if process.alive:
+                action()
+        self._settle_queue()
+
+    def turn(self, weather: str, on: bool) -> None:
+        """Trouble of the whole host begins or ends."""
+        (self.weather.add if on else self.weather.discard)(weather)
+        for generation in self.state.generations:
+            self._harm(generation)
+
+    def pause(self, seconds: float) -> None:
+        """The master does not run; the workers do. Then it reads everything that was said, and then looks at the clock."""
+        if self.exit is not None:
+            return
+        due = lifecycle.next_deadline(self.state)
+        self._frozen = []
+        end = self.now + seconds
+        while self._happenings and self._happenings[0][0] <= end:
+            self.now, _, happening = heapq.heappop(self._happenings)
+            happening()
+        self.now = end
+        late, self._frozen = self._frozen, None
+        if due is not None and due <= self.now:
+            if self.now - due > LATE_S:
+                late.append(m.Paused(self.now - due))
+            late.append(m.TimePassed())
+        for event in late:
+            self._queue.append(event)
+        self._settle_queue()
+
+    # -------------------------------------------------------------------------------------------- time
+
+    def run(self, seconds: float) -> None:
+        """Let this much time pass."""
+        end = self.now + seconds
+        while self.exit is None and (upcoming := self._upcoming()) is not None and upcoming <= end:
+            self.advance()
+        if self.exit is None:
+            self.now = end
+
+    def run_until(self, condition: Callable[[], bool], limit: float = 600.0) -> None:
+        """Let time pass until it is so, which must be within `limit` seconds."""
+        end = self.now + limit
+        while not condition():
+            upcoming = self._upcoming()
+            if self.exit is not None or upcoming is None or upcoming > end:
+                raise AssertionError(f"it did not come to it within {limit} s; {self.describe()}")
+            self.advance()
+
+    def advance(self) -> None:
+        """Jump to the next thing that happens."""
+        due = lifecycle.next_deadline(self.state)
+        happens = self._happenings[0][0] if self._happenings else None
+        if due is None and happens is None:
+            return
+        if happens is None or (due is not None and (due < happens or (due == happens and self.deadlines_first))):
+            assert due is not None
+            if due > self.now:
+                self._steps_now = 0
+            self.now = max(self.now, due)
+            self.put(m.TimePassed())
+            after = lifecycle.next_deadline(self.state)
+            assert self.exit is not None or after is None or after > self.now - 1e-12, f"{after} is over; {self.describe()}"
+        else:
+            time, _, happening = heapq.heappop(self._happenings)
+            if time > self.now:
+                self._steps_now = 0
+            self.now = max(self.now, time)
+            happening()
+            self._settle_queue()
+
+    def _upcoming(self) -> float | None:
+        due = lifecycle.next_deadline(self.state)
+        times = [due] if due is not None else []
+        times += [self._happenings[0][0]] if self._happenings else []
+        return max(self.now, min(times)) if times else None
+
+    def _at(self, delay: float, happening: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._happenings, (self.now + delay, self._sequence, happening))
+
+    # --------------------------------------------------------------------------------------------- the shell
+
+    def put(self, event: m.Event) -> None:
+        """An event of the shell."""
+        if self._frozen is not None:
+            self._frozen.append(event)
+            return
+        self._queue.append(event)
+        self._settle_queue()
+
+    def _tell(self, event: m.Event) -> None:
+        """An event that comes out of a process: it is stepped when what happens there has happened."""
+        if self._frozen is not None:
+            self._frozen.append(event)
+        else:
+            self._queue.append(event)
+
+    def _settle_queue(self) -> None:
+        if self._frozen is not None:
+            return
+        while self._queue and self.exit is None:
+            self._step(self._queue.popleft())
+
+    def _step(self, event: m.Event) -> None:
+        self._steps += 1
+        self._steps_now += 1
+        assert self._steps_now < STEPS_AT_ONCE, f"a busy loop; {self.describe()}"
+        before = self.state
+        sample = copy.deepcopy(before) if self._steps % 11 == 0 else None
+        after, effects = lifecycle.step(before, event, self.now)
+        assert sample is None or sample == before, "step() changed the state that it was given"
+        if isinstance(event, m.StopAsked) and self.served_at_stop is None and self.exit is None:
+            self.served_at_stop = before.serving or before.current is None
+        self.state = after
+        for effect in effects:
+            assert self.exit is None, f"{effect} after the exit"
+            self._execute(effect, before, effects)
+        self.log += effects
+        if self.exit is None:
+            Checks(self, before, event, effects).all()
+
+    def _execute(self, effect: m.Effect, before: m.State, effects: list[m.Effect]) -> None:
+        match effect:
+            case m.Prepare(generation):
+                self._prepare(generation)
+            case m.Spawn(generation, worker):
+                key = (generation, worker)
+                assert key not in self.spawned, f"{key} is spawned twice"
+                assert not (before.stopping and before.stopping.begun), f"{key} is spawned during a stop"
+                self.spawned[key] = self.now
+                if effect.gated:
+                    self._at(SLOW_GATE_S if "slow disk" in self.weather else GATE_S, lambda: self._gate(effect))
+                else:
+                    self._spawn(effect)
+            case m.Command():
+                self._command(effect)
+            case m.Kill(generation, worker, now):
+                self._kill((generation, worker), now)
+            case m.Settle(operation):
+                assert operation in self.asked, f"operation {operation} was never asked for"
+                assert operation not in self.answers, f"operation {operation} has two answers"
+                self.answers[operation] = effect
+                self._check_truth(effect, effects)
+            case m.Promoted(generation):
+                self._check_promotion(generation)
+                self.promoted.append(generation)
+            case m.AllDrained(generation):
+                self.drained.append(generation)
+            case m.Say(_, event):
+                self.said[event] += 1
+            case m.Exit(status):
+                self.exit = status
+                self._check_exit(status)
+            case _:
+                pass
+
+    def _prepare(self, generation: int) -> None:
+        if self.settings == "never read":
+            return
+        settings, release = self.settings, (self.code, self.behaviour, self.workers_setting)
+
+        def done() -> None:
+            if generation not in self.state.generations:
+                return
+            if settings == "broken":
+                self._tell(m.PrepareFailed(generation, "no such file: segue.toml"))
+                return
+            self.releases[generation] = release
+            current, workers = self.state.current, release[2]
+            if current is not None and self.releases[current][2] == workers:
+                workers = self.state.generations[current].target
+            if self.weather:
+                self._harm(generation)
+            self._tell(m.Prepared(generation, workers, self.limits))
+
+        self._at(50.0 if settings == "late" else 0.02, done)
+
+    def _gate(self, effect: m.Spawn) -> None:
+        """A respawn starts only if it is still wanted, and its code is still there."""
+        key = (effect.generation, effect.worker)
+        generation = self.state.generations.get(effect.generation)
+        worker = generation.workers.get(effect.worker) if generation else None
+        if self.releases[effect.generation][0] != self.code:
+            self._tell(m.CodeChanged(*key, "the code has changed"))
+        elif worker is None or worker.state is not WorkerState.BOOTING:
+            self._tell(m.WorkerExited(*key, "was no longer wanted"))
+        else:
+            self._spawn(effect)
+            return
+        self.ended[key] += 1
+
+    def _spawn(self, effect: m.Spawn) -> None:
+        key = (effect.generation, effect.worker)
+        if "spawns fail" in self.weather:
+            self.ended[key] += 1
+            self._tell(m.WorkerExited(*key, "could not be started: no more processes"))
+            return
+        behaviour = self.releases[effect.generation][1]
+        for weather in ("boots fail", "boots hang"):
+            if weather in self.weather:
+                behaviour = {"boots fail": "exits", "boots hang": "hangs"}[weather]
+        process = Process(key, behaviour, effect.gated, effect.drain_mode)
+        self.processes[key] = process
+        self._boot(process)
+
+    def _command(self, command: m.Command) -> None:
+        process = self.processes.get((command.generation, command.worker))
+        if process is None or not process.alive:
+            return
+        process.calls.append(Call(command))
+        self._next_call(process)
+
+    def _next_call(self, process: Process) -> None:
+        if process.call is not None or not process.calls:
+            return
+        call = process.call = process.calls.popleft()
+        self._at(call.command.timeout, lambda: self._answer(process, call, "no answer in time"))
+        if "requests lost" in self.weather:
+            return
+        refused = "commands refused" in self.weather
+        answer_lost = "answers lost" in self.weather
+
+        def arrive() -> None:
+            error = "not now" if refused else self._obey(process, call.command)
+            if error is not None and not answer_lost:
+                self._answer(process, call, error)
+
+        self._at(LATENCY_S, lambda: self._act(process, arrive))
+
+    def _answer(self, process: Process, call: Call, error: str) -> None:
+        if call.answered:
+            return
+        call.answered = True
+        command = call.command
+        self._tell(ANSWERS[command.verb](command.generation, command.worker, error))
+        process.call = None
+        if process.alive:
+            self._next_call(process)
+
+    def _kill(self, key: Key, now: bool) -> None:
+        process = self.processes.get(key)
+        if process is None or not process.alive:
+            return
+        if now:
+            self._at(LATENCY_S, lambda: self._die(process, -9, "was killed"))
+        elif "stubborn" not in self.weather:
+            if process.mode == "booting":
+                self._at(0.1, lambda: self._die(process, -15, "was ended by SIGTERM"))
+            else:
+                self._act(process, lambda: self._stop(process, self.limits.stop_timeout))
+
+    # ------------------------------------------------------------------------------------------- a process
+
+    def _harm(self, generation: int) -> None:
+        self.harmed.add(generation)
+
+    def _act(self, process: Process, action: Callable[[], None]) -> None:
+        if process.hung:
+            process.backlog.append(action)
+        elif process.alive:
+            action()
+
+    def _say(self, process: Process, event: m.Event) -> None:
+        """A datagram to the master."""
+        if process.alive and "datagrams lost" not in self.weather:
+            self.last_messages.append(event)
+            self._tell(event)
+
+    def _boot(self, process: Process) -> None:
+        boot_s = 6.0 if process.behaviour == "slow" else BOOT_S
+        self._at(0.05, lambda: self._say(process, m.WorkerPhased(*process.key, "import")))
+        self._at(boot_s / 2, lambda: self._act(process, lambda: self._say(process, m.WorkerPhased(*process.key, "startup"))))
+        if process.behaviour == "exits":
+            self._at(0.3, lambda: self._die(process, 3, "exited with 3 during import: ModuleNotFoundError", "Traceback"))
+        elif process.behaviour != "hangs":
+            self._at(boot_s, lambda: self._act(process, lambda: self._become_ready(process)))
+            if process.behaviour == "dies when ready":
+                self._at(boot_s + 0.03, lambda: self._die(process, 1, "exited with 1"))
+
+    def _become_ready(self, process: Process) -> None:
+        if process.mode != "booting":
+            return
+        self._mode(process, "ready")
+        self._beat(process)
+
+    def _mode(self, process: Process, mode: str) -> None:
+        process.mode = mode
+        process.unconfirmed = mode in {"ready", "drained"}
+
+    def _beat(self, process: Process) -> None:
+        """Its state, again and again: more often while nothing shows that it was heard."""
+        if not process.alive:
+            return
+        if process.mode == "ready":
+            if not process.ready_seen and "datagrams lost" not in self.weather:
+                process.ready_seen = True
+                if process.gated:
+                    self._at(SLOW_GATE_S if "slow disk" in self.weather else GATE_S, lambda: self._ready_if_same(process))
+                else:
+                    self._say(process, m.WorkerReady(*process.key))
+        if process.wants_recycling:
+            self._say(process, m.WorkerAsks(*process.key, "limit_max_requests"))
+        drained = process.mode == "drained"
+        self._say(process, m.WorkerDrained(*process.key) if drained else m.WorkerBeat(*process.key))
+        self._at(REPEAT_S if process.unconfirmed else BEAT_S, lambda: self._act(process, lambda: self._beat(process)))
+
+    def _ready_if_same(self, process: Process) -> None:
+        if self.releases[process.key[0]][0] != self.code:
+            self._tell(m.CodeChanged(*process.key, "the code has changed"))
+        else:
+            self._tell(m.WorkerReady(*process.key))
+
+    def _obey(self, process: Process, command: m.Command) -> str | None:
+        """Do it; the error, or "" when it is done, or None for no answer."""
+        process.unconfirmed = False
+        if command.verb is not Verb.DRAIN and command.verb is not Verb.STOP and process.mode in {"booting", "stopping"}:
+            return f"it is {process.mode}"
+        match command.verb:
+            case Verb.ACTIVATE:
+                if process.behaviour == "refuses activation":
+                    return "no listener"
+                if process.behaviour == "silent on activation":
+                    return None
+                self._mode(process, "active")
+            case Verb.QUIET:
+                if process.mode not in {"draining", "drained"}:
+                    self._mode(process, "quiet")
+            case Verb.HAND_OVER:
+                self._mode(process, "draining")
+                self._at(min(process.work_s, command.budget), lambda: self._act(process, lambda: self._finish(process)))
+            case Verb.STOP:
+                process.stopped_by_master = True
+                self._stop(process, command.budget)
+            case Verb.DRAIN:
+                process.operator_drain = command.mode
+        return ""
+
+    def _finish(self, process: Process) -> None:
+        if process.mode == "draining":
+            self._mode(process, "drained")
+            process.work_s = 0.0
+            self._say(process, m.WorkerDrained(*process.key))
+
+    def _stop(self, process: Process, budget: float) -> None:
+        if process.mode == "stopping":
+            return
+        work_s = process.work_s if process.mode not in {"booting", "ready"} else 0.0
+        self._mode(process, "stopping")
+        status = 0 if work_s <= budget else 1
+        self._at(0.2 + min(work_s, budget), lambda: self._act(process, lambda: self._die(process, status, f"exited with {status}")))
+
+    def _die(self, process: Process, status: int, reason: str, output: str = "") -> None:
+        if not process.alive:
+            return
+        process.alive = False
+        self.ended[process.key] += 1
+        if process.call is not None:
+            self._answer(process, process.call, "connection closed")
+        if process.stopped_by_master and status != 0 and self.state.stopping and self.state.stopping.begun:
+            self.cut_at_stop = True
+        self._tell(m.WorkerExited(*process.key, reason, output, status))
+        for call in process.calls:
+            self._tell(ANSWERS[call.command.verb](*process.key, "no such socket"))
+
+    # ----------------------------------------------------------------------------- what an effect may say
+
+    def _check_promotion(self, generation: int) -> None:
+        promoted = self.state.generations[generation]
+        confirmed = [process for process in self.processes.values() if process.key[0] == generation]
+        assert len(confirmed) == promoted.target, "not all of its workers were started"
+        assert all(p.mode in {"active"} for p in confirmed), f"promoted unconfirmed; {self.describe()}"
+
+    def _check_truth(self, settled: m.Settle, effects: list[m.Effect]) -> None:
+        """Success is told when it is true, and failure with its reason."""
+        asked = self.asked[settled.operation]
+        if not settled.ok:
+            assert settled.reason, f"{asked} was refused without a reason"
+            return
+        if isinstance(asked, m.ReloadAsked):
+            promoted = [each.generation for each in effects if isinstance(each, m.Promoted)]
+            assert promoted == [settled.generation], "a reload succeeded without a promote"
+        elif isinstance(asked, m.ScaleAsked):
+            assert self.state.current is not None
+            current = self.state.generations[self.state.current]
+            serving = current.having(m.SERVING)
+            assert current.target == len(serving) == asked.count, f"{asked} is not done; {self.describe()}"
+            assert not current.missing
+        elif isinstance(asked, m.DrainAsked):
+            for process in self.live():
+                generation = self.state.generations.get(process.key[0])
+                worker = generation.workers.get(process.key[1]) if generation else None
+                if worker is not None and worker.state in m.SERVING | m.LEAVING:
+                    assert process.operator_drain == asked.mode, f"{process.key} was not told of {asked.mode}"
+        elif isinstance(asked, m.StopAsked):
+            assert not self.live(), "stopped, but there are workers"
+
+    def _check_exit(self, status: int) -> None:
+        assert not self.live(), f"exit with living workers; {self.describe()}"
+        assert self.answers.keys() == self.asked.keys(), f"unanswered: {self.asked.keys() - self.answers.keys()}"
+        if self.served_at_stop is None:
+            assert not self.promoted, "an exit that nobody asked for"
+            assert status == 3
+        elif not self.served_at_stop or self.cut_at_stop:
+            assert status != 0, "exit 0 from an outage"
+        pending = {key for key in self.spawned if not self.ended[key]}
+        assert not pending, f"exit while {pending} were being started"
+
+    def describe(self) -> str:
+        """Everything, for a failure's message."""
+        lines = [f"at {self.now:.2f}: current={self.state.current} change={self.state.change} scaling={self.state.scaling}"]
+        lines += [f"  weather={self.weather} settings={self.settings} stopping={self.state.stopping}"]
+        for generation in self.state.generations.values():
+            lines.append(
+                f"  generation {generation.id} {generation.state} target={generation.target} missing={generation.missing}"
+                f" deadline={generation.deadline} respawn_at={generation.respawn_at}"
+            )
+            lines += [f"    {worker}" for worker in generation.workers.values()]
+        lines += [f"  process {process.key} {process.mode} hung={process.hung}" for process in self.live()]
+        return "\n".join(lines)
+
+    # ---------------------------------------------------------------------------------------- in the end
+
+    def heal(self) -> None:
+        """Nothing is wrong any more: good code, fair weather, nobody hangs; and enough time passes."""
+        if self.exit is not None:
+            return
+        self.weather.clear()
+        self.settings = "good"
+        if self.behaviour not in {"good", "slow"}:
+            self.deploy("good")
+        self.run(6 * (self.limits.drain_timeout + lifecycle.PREPARE_TIMEOUT_S))
+
+    def check_settled(self) -> None:
+        """With nothing wrong for long enough one generation is left, complete; everybody has been answered."""
+        assert self.answers.keys() == self.asked.keys(), f"unanswered; {self.describe()}"
+        [current] = self.state.generations.values()
+        assert current.id == self.state.current, self.describe()
+        assert current.state is GenerationState.ACTIVE
+        assert {worker.state for worker in current.workers.values()} == {WorkerState.ACTIVE}, self.describe()
+        assert len(current.workers) == current.wanted >= 1, self.describe()
+        assert {process.key for process in self.live()} == {(current.id, worker) for worker in current.workers}
+        assert all(process.accepts for process in self.live())
+        assert all(process.operator_drain == self.state.drain_mode for process in self.live()), self.describe()
+        assert self.state.change is None
+        assert not self.state.queued
+        assert self.state.scaling is None
+        assert not self.state.drained_watch
+        assert current.missing == 0 or self.releases[current.id][0] != self.code
+
+    def end(self) -> None:
+        """Stop it; everything ends and everybody is answered."""
+        if self.exit is None and self.state.stopping is None:
+            self.stop()
+        limit = self.now + 200.0
+        while self.exit is None:
+            assert self._upcoming() is not None and self.now < limit, f"it does not end; {self.describe()}"
+            self.advance()
+
+
+class Checks:
+    """What must hold after every step."""
+
+    def __init__(self, world: World, before: m.State, event: m.Event, effects: list[m.Effect]) -> None:
+        self.world = world
+        self.before = before
+        self.event = event
+        self.effects = effects
+        self.after = world.state
+
+    def all(self) -> None:
+        for check in (
+            self.transitions,
+            self.one_generation_is_active,
+            self.commands,
+            self.never_zero_serving,
+            self.numbers,
+            self.ways_on,
+        ):
+            check()
+
+    def fail(self, what: str) -> None:
+        raise AssertionError(f"{what}\n  after {self.event}\n  effects {self.effects}\n{self.world.describe()}")
+
+    def transitions(self) -> None:
+        for number, generation in self.before.generations.items():
+            later = self.after.generations.get(number)
+            state = GenerationState.RETIRED if later is None else later.state
+            reached, todo = {generation.state}, [generation.state]
+            while todo:
+                for following in m.TRANSITIONS[todo.pop()] - reached:
+                    reached.add(following)
+                    todo.append(following)
+            if state not in reached:
+                self.fail(f"generation {number} went from {generation.state} to {state}")
+
+    def one_generation_is_active(self) -> None:
+        active = [g.id for g in self.after.generations.values() if g.state is GenerationState.ACTIVE]
+        if active != ([] if self.after.current is None else [self.after.current]):
+            self.fail(f"{active} are active")
+        for generation in self.after.generations.values():
+            if generation.state in {GenerationState.DRAINING, GenerationState.FAILED} and not generation.workers:
+                self.fail(f"generation {generation.id} has ended and is not retired")
+
+    def commands(self) -> None:
+        current, change = self.after.current, self.after.change
+        for effect in self.effects:
+            if not isinstance(effect, m.Command):
+                continue
+            generation = self.after.generations[effect.generation]
+            match effect.verb:
+                case Verb.ACTIVATE:
+                    staged = change is not None and change.generation == generation.id
+                    if generation.id != current and not (staged and generation.state is GenerationState.STAGED):
+                        self.fail("a worker is activated that is neither of the current generation nor of a staged one")
+                case Verb.QUIET:
+                    replaced = generation.state is GenerationState.DRAINING and generation.id in self.world.promoted
+                    if generation.id == current:
+                        if not [w for w in generation.having(frozenset({WorkerState.ACTIVE})) if w.id != effect.worker]:
+                            self.fail("the last worker is told to be quiet")
+                    elif not replaced and generation.state is not GenerationState.FAILED:
+                        self.fail("an old worker is told to be quiet before the promote")
+                case Verb.HAND_OVER:
+                    if generation.having(frozenset({WorkerState.QUIETING})):
+                        self.fail("hand over, while a worker of the generation is still in the first phase")
+                case _:
+                    pass
+
+    def never_zero_serving(self) -> None:
+        if self.after.stopping is not None or self.before.current is None:
+            return
+        if self.after.current not in self.world.harmed and not self.world.serving():
+            self.fail("nobody accepts, though nobody crashed, hung or was asked to stop")
+        active = frozenset({WorkerState.ACTIVE})
+        had = self.before.generations[self.before.current].having(active)
+        assert self.after.current is not None
+        has = self.after.generations[self.after.current].having(active)
+        if had and not has and not isinstance(self.event, m.WorkerExited):
+            hung = [w for w in self.after.generations[self.after.current].having(frozenset({WorkerState.HUNG}))]
+            if not hung:
+                self.fail("the last worker that serves was taken away")
+
+    def numbers(self) -> None:
+        if self.after.current is None or (self.after.stopping and self.after.stopping.begun):
+            return
+        generation = self.after.generations[self.after.current]
+        replacing = [w for w in generation.workers.values() if w.replaces is not None]
+        if len(replacing) > 1:
+            self.fail("more than one worker is being replaced")
+        staying = generation.having(m.SERVING | m.STARTING)
+        replaced = {worker.replaces for worker in replacing}
+        count = sum(1 for worker in staying if worker.id not in replaced) + len(generation.respawn_at)
+        if count > generation.wanted:
+            self.fail(f"{count} workers, though {generation.wanted} are wanted")
+        going = [w for w in generation.workers.values() if w.state in {WorkerState.STOPPING, WorkerState.KILLED}]
+        if count < generation.wanted and not going:
+            self.fail(f"{count} workers, though {generation.wanted} are wanted, and nothing will change it")
+        if generation.wanted <= 0 and not staying and self.after.recover_at is None and self.after.change is None:
+            if self.after.stopping is None:
+                self.fail("nothing is left, and nothing will be tried")
+
+    def ways_on(self) -> None:
+        """Whoever isn't where it may stay has a deadline, or something to wait for that has one."""
+        state = self.after
+        for generation in state.generations.values():
+            if generation.state is GenerationState.BOOTING and generation.deadline is None:
+                self.fail(f"generation {generation.id} may boot for ever")
+            if generation.state is GenerationState.STAGED and not generation.having(frozenset({WorkerState.ACTIVATING})):
+                self.fail(f"generation {generation.id} stays staged")
+            replacing = any(worker.replaces is not None for worker in generation.workers.values())
+            for worker in generation.workers.values():
+                match worker.state:
+                    case WorkerState.BOOTING | WorkerState.READY:
+                        on = worker.deadline is not None or generation.deadline is not None
+                    case WorkerState.ACTIVE:
+                        on = generation.state in {GenerationState.ACTIVE, GenerationState.STAGED}
+                    case WorkerState.HUNG:
+                        on = worker.deadline is not None or replacing or state.stopping is not None
+                    case WorkerState.QUIET:
+                        on = bool(generation.having(frozenset({WorkerState.QUIETING})))
+                    case WorkerState.KILLED:
+                        on = True
+                    case _:
+                        on = worker.deadline is not None
+                if not on:
+                    self.fail(f"worker {worker.id} of generation {generation.id} has no way on from {worker.state}")
+        if state.change is not None and state.generations[state.change.generation].state not in {
+            GenerationState.BOOTING,
+            GenerationState.STAGED,
+        }:
+            self.fail("the reload has ended, and doesn't know")
+        if state.queued and state.change is None:
+            self.fail("reloads are queued behind nothing")
+        if state.scaling is not None and state.scaling.operation is not None:
+            current = state.generations[state.scaling.generation]
+            if not current.having(m.STARTING) and not current.respawn_at:
+                going = frozenset({WorkerState.STOPPING, WorkerState.KILLED})
+                if not current.having(going):
+                    self.fail("the scaling waits for nothing")

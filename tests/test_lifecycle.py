@@ -1,0 +1,169 @@
+"""The lifecycle alone, in random orders: whatever happens, in whatever order, the "Never" list holds.
+
+`SEGUE_DEEP=1` tries many more orders than a run of all tests has time for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from simulator import CODES, SETTINGS, WEATHERS, Process, World
+
+from segue.supervisor import lifecycle
+from segue.supervisor import model as m
+from segue.supervisor.model import WorkerState
+
+_COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("ci", derandomize=True, max_examples=120, stateful_step_count=40, **_COMMON)
+settings.register_profile("deep", max_examples=20_000, stateful_step_count=60, print_blob=True, **_COMMON)
+PROFILE = settings.get_profile("deep" if os.environ.get("SEGUE_DEEP") else "ci")
+
+picks = st.integers(min_value=0, max_value=5)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """An operator, code, a host and workers that do what they like; `simulator.World` checks every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+
+    @initialize(
+        workers=st.integers(1, 3),
+        behaviour=st.sampled_from(("good", "good", "good", *CODES)),
+        ready=st.booleans(),
+    )
+    def start(self, workers: int, behaviour: str, ready: bool) -> None:
+        self.world = World(workers)
+        self.world.behaviour = behaviour
+        self.world.reload()
+        if ready:
+            self.world.run(5.0)
+
+    def pick(self, number: int) -> Process | None:
+        live = self.world.live()
+        return live[number % len(live)] if live else None
+
+    # What is asked
+
+    @rule()
+    def reload(self) -> None:
+        self.world.reload()
+
+    @rule(behaviour=st.sampled_from(("good", *CODES)))
+    def deploy_and_reload(self, behaviour: str) -> None:
+        self.world.deploy(behaviour)
+        self.world.reload()
+
+    @rule(count=st.integers(-1, 4))
+    def scale(self, count: int) -> None:
+        self.world.scale(count)
+
+    @rule(delta=st.sampled_from((1, -1)))
+    def nudge(self, delta: int) -> None:
+        self.world.nudge(delta)
+
+    @rule(mode=st.sampled_from(("reject", "queue", None)))
+    def drain(self, mode: str | None) -> None:
+        self.world.drain(mode)
+
+    @precondition(lambda self: len(self.world.answers) > 3 or self.world.state.stopping is not None)
+    @rule(
+        at_once=st.sampled_from((False, False, True)),
+        delay=st.sampled_from((0.0, 4.0)),
+        by_signal=st.booleans(),
+    )
+    def stop(self, at_once: bool, delay: float, by_signal: bool) -> None:
+        (self.world.signal_stop if by_signal else self.world.stop)(at_once, delay)
+
+    # What goes wrong
+
+    @rule(behaviour=st.sampled_from(CODES))
+    def deploy(self, behaviour: str) -> None:
+        self.world.deploy(behaviour)
+
+    @precondition(lambda self: self.world.state.current is not None)
+    @rule()
+    def restore(self) -> None:
+        self.world.restore(self.world.state.current or 0)
+
+    @rule(settings_are=st.sampled_from(SETTINGS), workers=st.integers(1, 3))
+    def edit_settings(self, settings_are: str, workers: int) -> None:
+        self.world.settings, self.world.workers_setting = settings_are, workers
+
+    @rule(number=picks)
+    def crash(self, number: int) -> None:
+        if (process := self.pick(number)) is not None:
+            self.world.crash(process)
+
+    @rule(number=picks)
+    def hang_or_wake(self, number: int) -> None:
+        if (process := self.pick(number)) is not None:
+            (self.world.wake if process.hung else self.world.hang)(process)
+
+    @rule(number=picks, work_s=st.sampled_from((0.0, 30.0, 1000.0)))
+    def keep_busy(self, number: int, work_s: float) -> None:
+        if (process := self.pick(number)) is not None:
+            process.work_s = work_s
+
+    @rule(number=picks)
+    def ask_to_be_replaced(self, number: int) -> None:
+        if (process := self.pick(number)) is not None:
+            process.wants_recycling = not process.wants_recycling
+
+    @rule(weather=st.sampled_from(WEATHERS))
+    def weather(self, weather: str) -> None:
+        self.world.turn(weather, weather not in self.world.weather)
+
+    @precondition(lambda self: self.world.last_messages)
+    @rule(number=st.integers(0, 29))
+    def repeat_a_message(self, number: int) -> None:
+        messages = self.world.last_messages
+        self.world.put(messages[number % len(messages)])
+
+    @rule(seconds=st.sampled_from((3.0, 40.0)))
+    def pause_the_master(self, seconds: float) -> None:
+        self.world.pause(seconds)
+
+    # Time
+
+    @rule(first=st.booleans())
+    def next_thing(self, first: bool) -> None:
+        self.world.deadlines_first = first
+        if self.world.exit is None:
+            self.world.advance()
+
+    @rule(seconds=st.sampled_from((0.02, 0.2, 1.1, 6.0, 15.0, 70.0)))
+    def time(self, seconds: float) -> None:
+        self.world.run(seconds)
+
+    def teardown(self) -> None:
+        world = self.world
+        if not world.asked:
+            return
+        if world.state.stopping is None:
+            world.heal()
+            if world.exit is None:
+                if not world.promoted or world.state.generations[world.state.current or 0].missing:
+                    world.reload()
+                    world.run(200.0)
+                world.check_settled()
+        world.end()
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = PROFILE
+
+
+def events_about_workers() -> list[type[m.WorkerEvent]]:
+    return m.WorkerEvent.__subclasses__()
+
+
+def test_the_table_of_workers_is_total() -> None:
+    pairs = set(itertools.product(events_about_workers(), WorkerState))
+    assert set(lifecycle.WORKER) == pairs
