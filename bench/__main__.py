@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bench.figures import Judged, Measured, judge, write_table
+from bench.figures import BrokenRun, Judged, Measured, judge, write_table
 from bench.servers import workshop
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -47,9 +47,8 @@ def main() -> int:
                     runs.append(module.measure(bench))
                 except Exception as error:
                     traceback.print_exc()
-                    runs.append(
-                        {f.key: f"the run broke down: {error!r}".splitlines()[0] for f in module.FIGURES}
-                    )
+                    reason = BrokenRun(f"the run broke down: {type(error).__name__}: {error}".splitlines()[0])
+                    runs.append(dict.fromkeys((figure.key for figure in module.FIGURES), reason))
             _say("")
             tables[name] = judge(module.FIGURES, runs)
             print(f"\n{name}: {NAMES[name]}")

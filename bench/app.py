@@ -45,7 +45,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body = await read(receive)
         await answer(send, body, extra=[(b"x-sha", hashlib.sha256(body).hexdigest().encode())])
     elif path == "/sse":
-        await stream(send, count=int(number(scope, "n", 20)), pause_s=number(scope, "ms", 100) / 1000)
+        await stream(
+            receive, send, count=int(number(scope, "n", 20)), pause_s=number(scope, "ms", 100) / 1000
+        )
     else:
         await answer(send, b"there is nothing here", status=404)
 
@@ -69,13 +71,18 @@ async def read(receive: Receive) -> bytes:
             return bytes(body)
 
 
-async def stream(send: Send, count: int, pause_s: float) -> None:
+async def stream(receive: Receive, send: Send, count: int, pause_s: float) -> None:
     """Send `count` events, one every `pause_s` seconds, and a last one by which a client knows that none is missing."""
+    await read(receive)
+    gone = asyncio.ensure_future(receive())
     headers = [(b"content-type", b"text/event-stream"), *WHO]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     for event in range(count):
+        if gone.done():
+            return
         await send({"type": "http.response.body", "body": b"data: %d\n\n" % event, "more_body": True})
         await asyncio.sleep(pause_s)
+    gone.cancel()
     await send({"type": "http.response.body", "body": b"data: done\n\n"})
 
 

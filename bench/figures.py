@@ -11,6 +11,12 @@ Measured = dict[str, float | str]
 """One run: values by the key of their figure. A text says why a figure could not be measured."""
 
 
+class BrokenRun(str):
+    """Why a run broke down."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Figure:
     """One line of the table."""
@@ -58,9 +64,15 @@ class Judged:
         return list(dict.fromkeys(run for run in self.runs if isinstance(run, str)))
 
     @property
+    def broke_down(self) -> bool:
+        """Whether a run ended before it came to this figure: then nothing is known to hold."""
+        return any(isinstance(run, BrokenRun) for run in self.runs)
+
+    @property
     def verdict(self) -> Literal["ok", "FAILS", "not measured", ""]:
         """Of what was promised; empty for what only stands beside it."""
-        if self.values and not self.figure.holds(self.figure.worst(self.values)):
+        wrong = bool(self.values) and not self.figure.holds(self.figure.worst(self.values))
+        if wrong or (self.broke_down and self.figure.limit is not None):
             return "FAILS"
         if self.reasons or not self.runs:
             return "not measured"
@@ -82,13 +94,13 @@ class Judged:
 
 def judge(figures: Sequence[Figure], runs: Sequence[Measured]) -> list[Judged]:
     """Put the runs beside their figures."""
-    return [Judged(f, [run.get(f.key, "the run ended before it") for run in runs]) for f in figures]
+    return [Judged(figure, [run[figure.key] for run in runs]) for figure in figures]
 
 
 def write_table(judged: Sequence[Judged], out: Callable[[str], None]) -> None:
     """One line for each figure: what, limit, worst, verdict, every run."""
     rows = [("figure", "limit", "worst", "", "runs")]
-    notes: list[str] = []
+    notes: dict[str, list[str]] = {}
     for line in judged:
         figure, values = line.figure, line.values
         limit = (
@@ -99,7 +111,8 @@ def write_table(judged: Sequence[Judged], out: Callable[[str], None]) -> None:
         worst = f"{figure.write(figure.worst(values))} {figure.unit}".strip() if values else "-"
         runs = " ".join("-" if isinstance(run, str) else figure.write(run) for run in line.runs)
         rows.append((figure.text, limit, worst, line.verdict, runs))
-        notes += [f"not measured: {figure.text}: {reason}" for reason in line.reasons]
+        for reason in line.reasons:
+            notes.setdefault(reason, []).append(figure.text.strip())
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for number, (text, limit, worst, verdict, runs) in enumerate(rows):
         out(
@@ -107,5 +120,5 @@ def write_table(judged: Sequence[Judged], out: Callable[[str], None]) -> None:
         )
         if number == 0:
             out("-" * (sum(widths) + 8 + 4))
-    for note in dict.fromkeys(notes):
-        out(note)
+    for reason, texts in notes.items():
+        out(f"not measured: {texts[0]}{f' and {len(texts) - 1} more' if len(texts) > 1 else ''}: {reason}")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Feels from outside whether event loops stall: ``python bench/probe.py PORT``, until SIGTERM.
 
-One stream with an event every 2 ms, opened at once, stays with the process that answers first: a gap in it is a stall
-of that process. And a new connection every 2 ms goes to whoever accepts: its answer's time is a stall there. Prints
+One stream with an event every 5 ms, opened at once, stays with the process that answers first: a gap in it is a stall
+of that process. And a new connection every 5 ms goes to whoever accepts: its answer's time is a stall there. Prints
 JSON: both as ``[monotonic time of the end, milliseconds over what was due]``, those over 2 ms. A newline on standard
 error says that the stream runs.
 
@@ -22,10 +22,10 @@ import socket
 import sys
 import time
 
-PAUSE_MS = 2
+PAUSE_MS = 5
 NOTED_MS = 2.0
 PING = b"GET /ping HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
-STREAM = b"GET /sse?n=1000000&ms=2 HTTP/1.1\r\nHost: probe\r\n\r\n"
+STREAM = b"GET /sse?n=1000000&ms=5 HTTP/1.1\r\nHost: probe\r\n\r\n"
 
 
 class _Ended(BaseException):

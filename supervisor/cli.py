@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import click
-from segue.supervisor.options import serve_options
 
 from segue import __version__
 from segue.handoff.messages import HOT
 from segue.supervisor import exits
 from segue.supervisor.exits import Status
+from segue.supervisor.options import ServeCommand, serve_options
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _STOP_BUDGET_S = 30.0
@@ -27,7 +27,9 @@ def _fail(message: str, status: Status) -> NoReturn:
 
 def _instance_options(command: _F) -> _F:
     for option in (
-        click.option("--name", default=None, help="The instance; needed only if several run."),
+        click.option(
+            "--name", default=None, envvar="SEGUE_NAME", help="The instance; needed only if several run."
+        ),
         click.option(
             "--runtime-dir", default=None, help="Where instances live; default: where `serve` puts them."
         ),
@@ -51,7 +53,7 @@ def cli() -> None:
     """Serve an ASGI application, and change everything in it without a client noticing."""
 
 
-@cli.command(epilog=exits.SERVE_EPILOG)
+@cli.command(cls=ServeCommand, epilog=exits.SERVE_EPILOG)
 @serve_options
 def serve(**flags: Any) -> None:
     """Serve APP (module:attribute); without APP a small built-in application."""
@@ -64,13 +66,12 @@ def serve(**flags: Any) -> None:
         _fail(str(error), error.status)
 
 
-@cli.command(epilog=exits.CHECK_EPILOG)
+@cli.command(cls=ServeCommand, epilog=exits.CHECK_EPILOG)
 @serve_options
 def check(**flags: Any) -> None:
     """Import, start and warm up APP in a throw-away worker: the verdict that a reload would give."""
-    from segue.supervisor.settings import SettingsError
-
     from segue.supervisor.check import check as run
+    from segue.supervisor.settings import SettingsError
 
     try:
         verdict = run(flags, os.environ)
@@ -97,11 +98,16 @@ def config(running: bool, as_json: bool, **flags: Any) -> None:
     if running:
         _config_running(flags, as_json)
         return
+    click.echo(settings.show(_load(flags), as_json))
+
+
+def _load(flags: dict[str, Any]) -> Any:
+    from segue.supervisor import settings
+
     try:
-        effective = settings.load(flags, os.environ, settings.logical_cwd(os.environ))
+        return settings.load(flags, os.environ, settings.logical_cwd(os.environ))
     except settings.SettingsError as error:
         _fail(str(error), Status.USAGE)
-    click.echo(settings.show(effective, as_json))
 
 
 def _config_running(flags: dict[str, Any], as_json: bool) -> None:
@@ -111,8 +117,7 @@ def _config_running(flags: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(running, indent=2))
         return
-    effective = settings.load(flags, os.environ, settings.logical_cwd(os.environ))
-    here = json.loads(settings.show(effective, as_json=True))
+    here = json.loads(settings.show(_load(flags), as_json=True))
     for key in sorted(running):
         value, source = running[key]["value"], running[key]["source"]
         other = here.get(key, {}).get("value")

@@ -8,8 +8,6 @@ off the data path: no byte of a request, a response or a running worker's log pa
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import signal
 import time
 from collections import deque
@@ -19,49 +17,30 @@ from typing import Any
 
 import msgspec
 
-from segue.handoff.http import CallError, Response, call
-from segue.handoff.listeners import BindError, Listener, adopt_listener, open_listeners
-from segue.handoff.messages import HOT, NotifyKey, WorkerMode
-from segue.handoff.notify import Notification, NotifySocket
-from segue.supervisor import lifecycle, model, snapshot, spawning
+from segue.handoff.listeners import BindError, Listener
+from segue.supervisor import lifecycle, model, snapshot
 from segue.supervisor import settings as config
 from segue.supervisor.instance import Instance
+from segue.supervisor.listening import Listening
 from segue.supervisor.log import Log
 from segue.supervisor.operations import Operation, Operations
 from segue.supervisor.snapshot import Snapshot
-from segue.supervisor.systemd import ServiceManager, inherited_fds
+from segue.supervisor.systemd import ServiceManager
+from segue.supervisor.workers import Workers
 
 LATE_S = 1.0
 """A timer that fires later than this says that the master itself did not run."""
+START = "start"
+"""Who asked for the first generation."""
 FLUSH_S = 1.0
 """How long an exiting master waits for its last answers to be sent."""
 _EXTEND_S = 30.0
 _THREADS = 2
 """For reading files and looking up names: one may hang on a dead file system."""
 
-_EVENTS: dict[model.Verb, type[model.WorkerEvent]] = {
-    model.Verb.ACTIVATE: model.Activated,
-    model.Verb.QUIET: model.Quieted,
-    model.Verb.HAND_OVER: model.HandingOver,
-    model.Verb.STOP: model.StopTaken,
-    model.Verb.DRAIN: model.DrainTold,
-}
-
-
-class Child:
-    """A worker process, and the calls to it, which are made one after the other."""
-
-    def __init__(self, process: spawning.Process, gated: bool) -> None:
-        self.process = process
-        self.gated = gated
-        self.failure = ""
-        self.ready_at: float | None = None
-        self.started = time.monotonic()
-        self.last_call: asyncio.Task[None] | None = None
-
 
 class Master:
-    """One instance: its sockets, its workers and the state of their lifecycle."""
+    """One instance: its sockets, its workers and the state of their lifecycle. Made inside a running event loop."""
 
     def __init__(
         self, instance: Instance, flags: Mapping[str, Any], environ: MutableMapping[str, str], base_dir: str
@@ -70,7 +49,6 @@ class Master:
         self.state = model.State()
         self.operations = Operations()
         self.snapshots: dict[int, Snapshot] = {}
-        self.children: dict[tuple[int, int], Child] = {}
         self.started = time.time()
         self.token: str | None = None
         self.log = Log()
@@ -78,17 +56,12 @@ class Master:
         self.changed = asyncio.Event()
         self._flags, self._environ, self._base_dir = dict(flags), environ, base_dir
         self._service = ServiceManager(environ)
-        self._inherited = [adopt_listener(fd) for fd in inherited_fds(environ)]
-        self._listeners: dict[str, list[Listener]] = {}
-        self._relay = spawning.Relay.create()
-        self._lifeline_read, self._lifeline_write = os.pipe2(os.O_CLOEXEC)
-        self._notify = NotifySocket(instance.notify)
-        self._pids: dict[int, tuple[int, int]] = {}
+        self._listening = Listening(environ)
         self._events: deque[model.Event] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._opening: tuple[str, ...] = ()
         self._said_ready = False
+        self.workers = Workers(instance, environ, self.log, self.put, self._start_task)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -96,7 +69,6 @@ class Master:
         """Serve until asked to stop; returns the exit status."""
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(_THREADS, "segue"))
-        loop.add_reader(self._notify.fileno(), self._read_notifications)
         for number, handler in {
             signal.SIGHUP: self._on_hup,
             signal.SIGTERM: lambda: self._on_stop("SIGTERM"),
@@ -107,7 +79,7 @@ class Master:
         }.items():
             loop.add_signal_handler(number, handler)
         self._start_task(self._service.watchdog())
-        self.ask_reload("start")
+        self.ask_reload(START)
         while self.exit_status is None:
             while self._events and self.exit_status is None:
                 self._step(self._events.popleft())
@@ -126,6 +98,8 @@ class Master:
 
     def _step(self, event: model.Event) -> None:
         self.state, effects = lifecycle.step(self.state, event, time.monotonic())
+        if isinstance(event, model.HandingOver) and not event.error:
+            self._handed_over(event.generation)
         for effect in effects:
             self._execute(effect)
 
@@ -139,7 +113,7 @@ class Master:
             self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._on_time, due)
 
     def _on_time(self, due: float) -> None:
-        self._read_notifications()  # what a worker said in time counts, however late it is read
+        self.workers.read_notifications()  # what a worker said in time counts, however late it is read
         late = time.monotonic() - due
         if late > LATE_S:
             self.put(model.Paused(late))
@@ -159,13 +133,8 @@ class Master:
             await asyncio.wait(answering, timeout=FLUSH_S)
 
     def _close(self) -> None:
-        for listeners in self._listeners.values():
-            for listener in listeners:
-                listener.close()
-        self._relay.close()
-        self._notify.close()
-        os.close(self._lifeline_read)
-        os.close(self._lifeline_write)
+        self._listening.close()
+        self.workers.close()
         self.instance.release()
 
     # --------------------------------------------------------------------------------------------- what is asked
@@ -218,14 +187,12 @@ class Master:
         match effect:
             case model.Prepare(generation):
                 self._start_task(self._prepare(generation))
-            case model.Spawn():
-                self._start_task(self._spawn(effect)) if effect.gated else self._spawn_now(effect)
+            case model.Spawn(generation, worker, gated, drain_mode):
+                self.workers.spawn((generation, worker), self.snapshots[generation], gated, drain_mode)
             case model.Command():
-                self._command(effect)
+                self.workers.command(effect, [listener.info.name for listener in self._listeners()])
             case model.Kill(generation, worker, now):
-                child = self.children.get((generation, worker))
-                if child is not None:
-                    child.process.kill() if now else child.process.terminate()
+                self.workers.kill((generation, worker), now)
             case model.Progress(operations, phase):
                 for number in operations:
                     if (operation := self.operations.get(number)) is not None:
@@ -267,33 +234,16 @@ class Master:
         if generation not in self.state.generations:
             return
         try:
-            listeners = await self._open(taken.settings)
+            listeners = await self._listening.open(taken.effective)
         except BindError as error:
+            self._close_unused()
             self.put(model.PrepareFailed(generation, str(error)))
             return
         workers = self._workers_for(taken)
         self.snapshots[generation] = msgspec.structs.replace(taken, listeners=listeners, workers=workers)
-        self._opening = ()
+        self._listening.opened()
         self._note_restart_only(taken)
         self.put(model.Prepared(generation, workers, taken.limits))
-
-    async def _open(self, settings: config.Settings) -> tuple[Listener, ...]:
-        """The listeners that these settings ask for: those that are open stay as they are."""
-        opened: list[Listener] = []
-        self._opening = settings.binds  # nobody else may close them before the snapshot names them
-        try:
-            for bind in settings.binds:
-                if bind not in self._listeners:
-                    found = [listener for listener in self._inherited if listener.info.address == bind]
-                    self._listeners[bind] = found or await asyncio.to_thread(
-                        open_listeners, bind, settings.backlog
-                    )
-                opened += self._listeners[bind]
-        except BindError:
-            self._opening = ()
-            self._close_unused()
-            raise
-        return tuple(opened) + tuple(listener for listener in self._inherited if listener not in opened)
 
     def _workers_for(self, taken: Snapshot) -> int:
         """As the settings say; but a scale by hand lasts until the setting itself is changed."""
@@ -315,99 +265,6 @@ class Master:
                 if (operation := self.operations.get(number)) is not None:
                     operation.notes.append(note)
 
-    async def _spawn(self, effect: model.Spawn) -> None:
-        """A respawn: only if the code on disk is still the one that its generation was started from."""
-        if await self._same_code(effect.generation, effect.worker):
-            self._spawn_now(effect)
-
-    async def _ready_if_same(self, key: tuple[int, int]) -> None:
-        """The code may have changed while the respawn was importing it."""
-        if await self._same_code(*key):
-            self.put(model.WorkerReady(*key))
-
-    async def _same_code(self, generation: int, worker: int) -> bool:
-        taken = self.snapshots.get(generation)
-        if taken is None:
-            return False
-        now = await asyncio.to_thread(taken.fingerprint_now)
-        if now != taken.fingerprint:
-            what = f"the code in {taken.app_dir} is no longer that of generation {generation}"
-            self.put(model.CodeChanged(generation, worker, what))
-        return now == taken.fingerprint
-
-    def _spawn_now(self, effect: model.Spawn) -> None:
-        key = (effect.generation, effect.worker)
-        generation = self.state.generations.get(effect.generation)
-        if generation is None or effect.worker not in generation.workers:
-            return
-        taken = self.snapshots[effect.generation]
-        spec = taken.spec(self.instance, *key, effect.drain_mode)
-        listeners = {listener.info.name: listener.sock for listener in taken.listeners}
-        try:
-            process = spawning.spawn(
-                taken.python, spec, listeners, self._relay, self._lifeline_read, self._environ
-            )
-        except spawning.SpawnError as error:
-            self.put(model.WorkerExited(*key, reason=str(error)))
-            return
-        self.children[key] = Child(process, effect.gated)
-        self._pids[process.pid] = key
-        self.log("info", "worker-spawned", generation=key[0], worker=key[1], pid=process.pid)
-        asyncio.get_running_loop().add_reader(process.pidfd, self._on_exit, key)
-
-    def _on_exit(self, key: tuple[int, int]) -> None:
-        self._read_notifications()  # its last words come before its death
-        child = self.children.pop(key)
-        asyncio.get_running_loop().remove_reader(child.process.pidfd)
-        status = child.process.reap()
-        self._pids.pop(child.process.pid, None)
-        output = child.process.tail() if child.ready_at is None else ""
-        child.process.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(child.process.control_path)
-        self.put(model.WorkerExited(*key, spawning.describe_exit(status, child.failure), output, status))
-
-    def _command(self, effect: model.Command) -> None:
-        child = self.children.get((effect.generation, effect.worker))
-        if child is None:
-            return
-        child.last_call = self._start_task(self._call(effect, child, child.last_call))
-
-    async def _call(self, effect: model.Command, child: Child, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
-        error = ""
-        try:
-            answer = await call(
-                child.process.control_path, "POST", self._target(effect), timeout_s=effect.timeout
-            )
-            if answer.status >= 400:
-                error = _detail(answer)
-        except CallError as failure:
-            error = str(failure)
-        if not error and effect.verb is model.Verb.HAND_OVER:
-            self._refuse_removed(effect.generation)
-        self.put(_EVENTS[effect.verb](effect.generation, effect.worker, error))  # type: ignore[call-arg]
-
-    def _target(self, effect: model.Command) -> str:
-        match effect.verb:
-            case model.Verb.ACTIVATE:
-                return f"{HOT}/activate"
-            case model.Verb.QUIET:
-                return f"{HOT}/drain/start?mode=handover&send=0"
-            case model.Verb.HAND_OVER:
-                current = self.snapshots[self.state.current or effect.generation]
-                names = ",".join(listener.info.name for listener in current.listeners)
-                return f"{HOT}/drain/start?mode=handover&timeout={effect.budget:g}&listeners={names}"
-            case model.Verb.STOP:
-                return f"{HOT}/stop?timeout={effect.budget:g}"
-            case model.Verb.DRAIN:
-                return (
-                    f"{HOT}/drain/start?mode={effect.mode}"
-                    if effect.mode
-                    else f"{HOT}/drain/stop?mode=operator"
-                )
-
     def _settle(self, effect: model.Settle) -> None:
         operation = self.operations.get(effect.operation)
         if operation is None:
@@ -422,7 +279,7 @@ class Master:
         outcome = "ok" if effect.ok else "refused"
         self.log(
             level,
-            operation.kind,
+            "start" if operation.asked_by == START else operation.kind,
             outcome=outcome,
             generation=effect.generation,
             seconds=sum(operation.phases.values()),
@@ -448,16 +305,14 @@ class Master:
             self.log("info", "listening", address=listener.info.address)
         self.log("info", "promoted", generation=generation, previous=previous, fingerprint=taken.fingerprint)
 
-    def _refuse_removed(self, generation: int) -> None:
-        """A bind that the new settings don't have: nobody accepts there any more, so nobody may be left waiting."""
-        current = self.snapshots.get(self.state.current or 0)
+    def _handed_over(self, generation: int) -> None:
+        """The old generation has stopped accepting: what only it listened on is refused from now on."""
         old = self.snapshots.get(generation)
-        if current is None or old is None or self.state.current == generation:
+        if old is None or generation == self.state.current:
             return
-        for listener in old.listeners:
-            if listener not in current.listeners and listener.bind in self._listeners:
-                self.log("info", "closed", address=listener.info.address)
-                listener.refuse()
+        current = self._listeners()
+        for address in self._listening.refuse(each for each in old.listeners if each not in current):
+            self.log("info", "closed", address=address)
         self._close_unused()
 
     def _release(self, generation: int, failed: bool) -> None:
@@ -469,50 +324,14 @@ class Master:
         """Close the listeners that neither the current generation nor one that boots asks for."""
         change = self.state.change
         wanted = {self.state.current, change.generation if change else None}
-        used = {
-            listener.bind
-            for number, s in self.snapshots.items()
+        self._listening.close_all_but(
+            listener
+            for number, taken in self.snapshots.items()
             if number in wanted
-            for listener in s.listeners
-        }
-        used.update(self._opening)
-        for bind in [bind for bind in self._listeners if bind not in used]:
-            for listener in self._listeners.pop(bind):
-                if listener not in self._inherited:
-                    listener.close()
-
-    # ----------------------------------------------------------------------------------------------- from workers
-
-    def _read_notifications(self) -> None:
-        for notification in self._notify.receive():
-            key = self._pids.get(notification.pid)
-            if key is not None:
-                self._on_notification(key, notification)
-
-    def _on_notification(self, key: tuple[int, int], notification: Notification) -> None:
-        fields, child = notification.fields, self.children[key]
-        if (failure := fields.get(NotifyKey.FAILED)) is not None:
-            child.failure = failure
-            return
-        if (phase := fields.get(NotifyKey.PHASE)) is not None:
-            self.put(model.WorkerPhased(*key, phase))
-        if NotifyKey.READY in fields and child.ready_at is None:
-            child.ready_at = time.monotonic()
-            if child.gated:
-                self._start_task(self._ready_if_same(key))
-            else:
-                self.put(model.WorkerReady(*key))
-        if (why := fields.get(NotifyKey.RECYCLE)) is not None:
-            self.put(model.WorkerAsks(*key, why))
-        self.put(
-            model.WorkerDrained(*key)
-            if fields.get(NotifyKey.STATE) == WorkerMode.DRAINED
-            else model.WorkerBeat(*key)
+            for listener in taken.listeners
         )
 
-
-def _detail(answer: Response) -> str:
-    try:
-        return str(answer.json().get("detail"))
-    except (ValueError, AttributeError):
-        return f"status {answer.status}"
+    def _listeners(self) -> tuple[Listener, ...]:
+        """Those of the current generation."""
+        taken = self.snapshots.get(self.state.current or 0)
+        return taken.listeners if taken else ()

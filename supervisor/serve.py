@@ -27,8 +27,8 @@ class StartError(Exception):
 
 def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     """Run an instance until it is stopped; returns the exit status. Raises `StartError`."""
-    base_dir = config.logical_cwd(environ)
     try:
+        base_dir = config.logical_cwd(environ)
         effective = config.load(flags, environ, base_dir)
     except config.SettingsError as error:
         raise StartError(str(error), Status.USAGE) from error
@@ -43,10 +43,17 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
         raise StartError(str(error), Status.INSTANCE) from error
     raise_descriptor_limit()
     os.chdir("/")  # paths were made absolute; no directory is kept from being unmounted or replaced
-    return asyncio.run(_run(Master(instance, flags, environ, base_dir), settings))
+    return asyncio.run(_run(instance, flags, environ, base_dir, settings))
 
 
-async def _run(master: Master, settings: config.Settings) -> int:
+async def _run(
+    instance: Instance,
+    flags: Mapping[str, Any],
+    environ: MutableMapping[str, str],
+    base_dir: str,
+    settings: config.Settings,
+) -> int:
+    master = Master(instance, flags, environ, base_dir)
     control = Control(master)
     await control.listen()
     if settings.admin is not None:

@@ -94,15 +94,16 @@ def collect(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str)
     return Given(values, file, file_source)
 
 
-def fail(key: str, value: Any, source: str, expected: str, step: str = "") -> NoReturn:
+def fail(key: str, value: Any, source: str, expected: str) -> NoReturn:
     """Raise the `SettingsError` for one wrong value. A secret is not shown."""
     setting = BY_KEY[key]
     shown = "" if setting.secret else f" = {value!r}"
     default = setting.shown_default or setting.default
+    default = f"{default:g}" if isinstance(default, float) else default
     usual = f" for the default ({default})" if default not in {None, "", ()} else ""
     raise SettingsError(
-        f"{key}{shown} ({source}): expected {expected}; {step or f'correct it, or leave it out{usual}'}"
-    )
+        f"{key}{shown} ({source}): expected {expected}; correct it, or leave it out{usual}"
+    ) from None
 
 
 def _flags(flags: Mapping[str, Any]) -> _Level:

@@ -220,8 +220,8 @@ def logical_cwd(environ: Mapping[str, str]) -> str:
             and os.path.samefile(logical, ".")
         ):
             return absolute(logical, "/")
-    except OSError:
-        pass  # a stale $PWD
+    except (OSError, ValueError):
+        pass  # a stale or broken $PWD
     try:
         return os.getcwd()
     except OSError as error:

@@ -30,8 +30,8 @@ _UNKNOWN: dict[str, Any] = {
 
 async def status(master: Master) -> dict[str, Any]:
     """The whole document."""
-    keys = list(master.children)
-    answers = await asyncio.gather(*(_ask(master.children[key].process.control_path) for key in keys))
+    keys = list(master.workers.children)
+    answers = await asyncio.gather(*(_ask(master.workers.children[key].process.control_path) for key in keys))
     told = dict(zip(keys, answers, strict=True))
     state = master.state
     process = psutil.Process()
@@ -100,7 +100,7 @@ def _generation(
 def _worker(
     master: Master, generation: int, worker: int, state: str, told: WorkerStatus | str
 ) -> dict[str, Any]:
-    child = master.children.get((generation, worker))
+    child = master.workers.children.get((generation, worker))
     document: dict[str, Any] = {
         "id": worker,
         "pid": child.process.pid if child else None,

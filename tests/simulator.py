@@ -187,7 +187,9 @@ class World:
 
     def serving(self) -> list[Process]:
         """Processes of the current generation that accept."""
-        return [process for process in self.live() if process.accepts and process.key[0] == self.state.current]
+        return [
+            process for process in self.live() if process.accepts and process.key[0] == self.state.current
+        ]
 
     def crash(self, process: Process, status: int = -11) -> None:
         self._harm(process.key[0])
@@ -257,14 +259,18 @@ class World:
         happens = self._happenings[0][0] if self._happenings else None
         if due is None and happens is None:
             return
-        if happens is None or (due is not None and (due < happens or (due == happens and self.deadlines_first))):
+        if happens is None or (
+            due is not None and (due < happens or (due == happens and self.deadlines_first))
+        ):
             assert due is not None
             if due > self.now:
                 self._steps_now = 0
             self.now = max(self.now, due)
             self.put(m.TimePassed())
             after = lifecycle.next_deadline(self.state)
-            assert self.exit is not None or after is None or after > self.now - 1e-12, f"{after} is over; {self.describe()}"
+            assert self.exit is not None or after is None or after > self.now - 1e-12, (
+                f"{after} is over; {self.describe()}"
+            )
         else:
             time, _, happening = heapq.heappop(self._happenings)
             if time > self.now:
@@ -334,7 +340,9 @@ class World:
                 assert not (before.stopping and before.stopping.begun), f"{key} is spawned during a stop"
                 self.spawned[key] = self.now
                 if effect.gated:
-                    self._at(SLOW_GATE_S if "slow disk" in self.weather else GATE_S, lambda: self._gate(effect))
+                    self._at(
+                        SLOW_GATE_S if "slow disk" in self.weather else GATE_S, lambda: self._gate(effect)
+                    )
                 else:
                     self._spawn(effect)
             case m.Command():
@@ -474,9 +482,17 @@ class World:
     def _boot(self, process: Process) -> None:
         boot_s = 6.0 if process.behaviour == "slow" else BOOT_S
         self._at(0.05, lambda: self._say(process, m.WorkerPhased(*process.key, "import")))
-        self._at(boot_s / 2, lambda: self._act(process, lambda: self._say(process, m.WorkerPhased(*process.key, "startup"))))
+        self._at(
+            boot_s / 2,
+            lambda: self._act(process, lambda: self._say(process, m.WorkerPhased(*process.key, "startup"))),
+        )
         if process.behaviour == "exits":
-            self._at(0.3, lambda: self._die(process, 3, "exited with 3 during import: ModuleNotFoundError", "Traceback"))
+            self._at(
+                0.3,
+                lambda: self._die(
+                    process, 3, "exited with 3 during import: ModuleNotFoundError", "Traceback"
+                ),
+            )
         elif process.behaviour != "hangs":
             self._at(boot_s, lambda: self._act(process, lambda: self._become_ready(process)))
             if process.behaviour == "dies when ready":
@@ -500,14 +516,20 @@ class World:
             if not process.ready_seen and "datagrams lost" not in self.weather:
                 process.ready_seen = True
                 if process.gated:
-                    self._at(SLOW_GATE_S if "slow disk" in self.weather else GATE_S, lambda: self._ready_if_same(process))
+                    self._at(
+                        SLOW_GATE_S if "slow disk" in self.weather else GATE_S,
+                        lambda: self._ready_if_same(process),
+                    )
                 else:
                     self._say(process, m.WorkerReady(*process.key))
         if process.wants_recycling:
             self._say(process, m.WorkerAsks(*process.key, "limit_max_requests"))
         drained = process.mode == "drained"
         self._say(process, m.WorkerDrained(*process.key) if drained else m.WorkerBeat(*process.key))
-        self._at(REPEAT_S if process.unconfirmed else BEAT_S, lambda: self._act(process, lambda: self._beat(process)))
+        self._at(
+            REPEAT_S if process.unconfirmed else BEAT_S,
+            lambda: self._act(process, lambda: self._beat(process)),
+        )
 
     def _ready_if_same(self, process: Process) -> None:
         if self.releases[process.key[0]][0] != self.code:
@@ -518,7 +540,11 @@ class World:
     def _obey(self, process: Process, command: m.Command) -> str | None:
         """Do it; the error, or "" when it is done, or None for no answer."""
         process.unconfirmed = False
-        if command.verb is not Verb.DRAIN and command.verb is not Verb.STOP and process.mode in {"booting", "stopping"}:
+        if (
+            command.verb is not Verb.DRAIN
+            and command.verb is not Verb.STOP
+            and process.mode in {"booting", "stopping"}
+        ):
             return f"it is {process.mode}"
         match command.verb:
             case Verb.ACTIVATE:
@@ -532,7 +558,10 @@ class World:
                     self._mode(process, "quiet")
             case Verb.HAND_OVER:
                 self._mode(process, "draining")
-                self._at(min(process.work_s, command.budget), lambda: self._act(process, lambda: self._finish(process)))
+                self._at(
+                    min(process.work_s, command.budget),
+                    lambda: self._act(process, lambda: self._finish(process)),
+                )
             case Verb.STOP:
                 process.stopped_by_master = True
                 self._stop(process, command.budget)
@@ -552,7 +581,10 @@ class World:
         work_s = process.work_s if process.mode not in {"booting", "ready"} else 0.0
         self._mode(process, "stopping")
         status = 0 if work_s <= budget else 1
-        self._at(0.2 + min(work_s, budget), lambda: self._act(process, lambda: self._die(process, status, f"exited with {status}")))
+        self._at(
+            0.2 + min(work_s, budget),
+            lambda: self._act(process, lambda: self._die(process, status, f"exited with {status}")),
+        )
 
     def _die(self, process: Process, status: int, reason: str, output: str = "") -> None:
         if not process.alive:
@@ -601,7 +633,9 @@ class World:
 
     def _check_exit(self, status: int) -> None:
         assert not self.live(), f"exit with living workers; {self.describe()}"
-        assert self.answers.keys() == self.asked.keys(), f"unanswered: {self.asked.keys() - self.answers.keys()}"
+        assert self.answers.keys() == self.asked.keys(), (
+            f"unanswered: {self.asked.keys() - self.answers.keys()}"
+        )
         if self.served_at_stop is None:
             assert not self.promoted, "an exit that nobody asked for"
             assert status == 3
@@ -612,7 +646,9 @@ class World:
 
     def describe(self) -> str:
         """Everything, for a failure's message."""
-        lines = [f"at {self.now:.2f}: current={self.state.current} change={self.state.change} scaling={self.state.scaling}"]
+        lines = [
+            f"at {self.now:.2f}: current={self.state.current} change={self.state.change} scaling={self.state.scaling}"
+        ]
         lines += [f"  weather={self.weather} settings={self.settings} stopping={self.state.stopping}"]
         for generation in self.state.generations.values():
             lines.append(
@@ -643,9 +679,13 @@ class World:
         assert current.state is GenerationState.ACTIVE
         assert {worker.state for worker in current.workers.values()} == {WorkerState.ACTIVE}, self.describe()
         assert len(current.workers) == current.wanted >= 1, self.describe()
-        assert {process.key for process in self.live()} == {(current.id, worker) for worker in current.workers}
+        assert {process.key for process in self.live()} == {
+            (current.id, worker) for worker in current.workers
+        }
         assert all(process.accepts for process in self.live())
-        assert all(process.operator_drain == self.state.drain_mode for process in self.live()), self.describe()
+        assert all(process.operator_drain == self.state.drain_mode for process in self.live()), (
+            self.describe()
+        )
         assert self.state.change is None
         assert not self.state.queued
         assert self.state.scaling is None
@@ -684,7 +724,9 @@ class Checks:
             check()
 
     def fail(self, what: str) -> None:
-        raise AssertionError(f"{what}\n  after {self.event}\n  effects {self.effects}\n{self.world.describe()}")
+        raise AssertionError(
+            f"{what}\n  after {self.event}\n  effects {self.effects}\n{self.world.describe()}"
+        )
 
     def transitions(self) -> None:
         for number, generation in self.before.generations.items():
@@ -703,7 +745,10 @@ class Checks:
         if active != ([] if self.after.current is None else [self.after.current]):
             self.fail(f"{active} are active")
         for generation in self.after.generations.values():
-            if generation.state in {GenerationState.DRAINING, GenerationState.FAILED} and not generation.workers:
+            if (
+                generation.state in {GenerationState.DRAINING, GenerationState.FAILED}
+                and not generation.workers
+            ):
                 self.fail(f"generation {generation.id} has ended and is not retired")
 
     def commands(self) -> None:
@@ -715,12 +760,22 @@ class Checks:
             match effect.verb:
                 case Verb.ACTIVATE:
                     staged = change is not None and change.generation == generation.id
-                    if generation.id != current and not (staged and generation.state is GenerationState.STAGED):
-                        self.fail("a worker is activated that is neither of the current generation nor of a staged one")
+                    if generation.id != current and not (
+                        staged and generation.state is GenerationState.STAGED
+                    ):
+                        self.fail(
+                            "a worker is activated that is neither of the current generation nor of a staged one"
+                        )
                 case Verb.QUIET:
-                    replaced = generation.state is GenerationState.DRAINING and generation.id in self.world.promoted
+                    replaced = (
+                        generation.state is GenerationState.DRAINING and generation.id in self.world.promoted
+                    )
                     if generation.id == current:
-                        if not [w for w in generation.having(frozenset({WorkerState.ACTIVE})) if w.id != effect.worker]:
+                        if not [
+                            w
+                            for w in generation.having(frozenset({WorkerState.ACTIVE}))
+                            if w.id != effect.worker
+                        ]:
                             self.fail("the last worker is told to be quiet")
                     elif not replaced and generation.state is not GenerationState.FAILED:
                         self.fail("an old worker is told to be quiet before the promote")
@@ -740,7 +795,9 @@ class Checks:
         assert self.after.current is not None
         has = self.after.generations[self.after.current].having(active)
         if had and not has and not isinstance(self.event, m.WorkerExited):
-            hung = [w for w in self.after.generations[self.after.current].having(frozenset({WorkerState.HUNG}))]
+            hung = [
+                w for w in self.after.generations[self.after.current].having(frozenset({WorkerState.HUNG}))
+            ]
             if not hung:
                 self.fail("the last worker that serves was taken away")
 
@@ -756,10 +813,17 @@ class Checks:
         count = sum(1 for worker in staying if worker.id not in replaced) + len(generation.respawn_at)
         if count > generation.wanted:
             self.fail(f"{count} workers, though {generation.wanted} are wanted")
-        going = [w for w in generation.workers.values() if w.state in {WorkerState.STOPPING, WorkerState.KILLED}]
+        going = [
+            w for w in generation.workers.values() if w.state in {WorkerState.STOPPING, WorkerState.KILLED}
+        ]
         if count < generation.wanted and not going:
             self.fail(f"{count} workers, though {generation.wanted} are wanted, and nothing will change it")
-        if generation.wanted <= 0 and not staying and self.after.recover_at is None and self.after.change is None:
+        if (
+            generation.wanted <= 0
+            and not staying
+            and self.after.recover_at is None
+            and self.after.change is None
+        ):
             if self.after.stopping is None:
                 self.fail("nothing is left, and nothing will be tried")
 
@@ -769,7 +833,9 @@ class Checks:
         for generation in state.generations.values():
             if generation.state is GenerationState.BOOTING and generation.deadline is None:
                 self.fail(f"generation {generation.id} may boot for ever")
-            if generation.state is GenerationState.STAGED and not generation.having(frozenset({WorkerState.ACTIVATING})):
+            if generation.state is GenerationState.STAGED and not generation.having(
+                frozenset({WorkerState.ACTIVATING})
+            ):
                 self.fail(f"generation {generation.id} stays staged")
             replacing = any(worker.replaces is not None for worker in generation.workers.values())
             for worker in generation.workers.values():
@@ -787,7 +853,9 @@ class Checks:
                     case _:
                         on = worker.deadline is not None
                 if not on:
-                    self.fail(f"worker {worker.id} of generation {generation.id} has no way on from {worker.state}")
+                    self.fail(
+                        f"worker {worker.id} of generation {generation.id} has no way on from {worker.state}"
+                    )
         if state.change is not None and state.generations[state.change.generation].state not in {
             GenerationState.BOOTING,
             GenerationState.STAGED,

@@ -55,7 +55,11 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, the master gets the reason
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
-    print(f"worker {spec.worker} of generation {spec.generation} can't start: {reason}", file=sys.stderr, flush=True)
+    print(
+        f"worker {spec.worker} of generation {spec.generation} can't start: {reason}",
+        file=sys.stderr,
+        flush=True,
+    )
     telling.failed(reason)
     return 3
 
@@ -68,12 +72,18 @@ def _read_spec(fds: Mapping[str, int]) -> WorkerSpec:
 
 
 def _run(
-    spec: WorkerSpec, fds: Mapping[str, int], telling: Telling, ready: Callable[[], Awaitable[None]], on_terminal: bool
+    spec: WorkerSpec,
+    fds: Mapping[str, int],
+    telling: Telling,
+    ready: Callable[[], Awaitable[None]],
+    on_terminal: bool,
 ) -> int:
     from segue.worker.worker import Worker, recycle_limit
 
     options = dict(spec.uvicorn)
-    limit = recycle_limit(options.pop("limit_max_requests", None), options.pop("limit_max_requests_jitter", 0))
+    limit = recycle_limit(
+        options.pop("limit_max_requests", None), options.pop("limit_max_requests_jitter", 0)
+    )
     if options.get("use_colors") is None and on_terminal:
         options["use_colors"] = True
     config = _configure(spec.app or _BUILTIN, options)

@@ -22,6 +22,7 @@ _SWEEP_S = 0.02
 _SLOW_SWEEP_S = 0.1
 _EAGER_FOR_S = 2.0
 _WEBSOCKETS_SPREAD_S = 3.0
+_CLOSES_PER_TURN = 50
 _SETTLE_S = 1.0
 """How long cancelled tasks have to end, and closed connections to be written out."""
 
@@ -43,6 +44,7 @@ class Drain:
         self._idle_grace_s = idle_grace_s
         self._told: dict[Protocol, float] = {}
         """Connections that can't move, and when they are closed if they are silent still."""
+        self._multiplexed: set[Protocol] = set()
         self._task: asyncio.Task[None] | None = None
         self.handover = Handover(http, relay_write, loop, self.tell)
         self.closed = 0
@@ -69,14 +71,16 @@ class Drain:
         for protocol in self._told:
             self._http.retract_close(protocol)
         self._told.clear()
+        self._multiplexed.clear()
 
     def tell(self, protocol: Protocol) -> None:
         """Let this connection know that it should leave."""
         if protocol in self._told or self._http.is_websocket(protocol):
             return
-        self._told[protocol] = self._loop.time() + self._idle_grace_s
         if hasattr(protocol, "shutdown_requested"):  # HTTP/2 has GOAWAY; sent when no stream is open
+            self._multiplexed.add(protocol)
             return
+        self._told[protocol] = self._loop.time() + self._idle_grace_s
         self._http.announce_close(protocol)
 
     @property
@@ -94,21 +98,28 @@ class Drain:
                 deadline = None
                 continue
             self.handover.sweep()
-            self._close_silent(now)
+            await self._close_silent(now)
             await asyncio.sleep(_SWEEP_S if now - started < _EAGER_FOR_S else _SLOW_SWEEP_S)
         drained()
 
-    def _close_silent(self, now: float) -> None:
-        connections = self._http.state.connections
-        for protocol, until in list(self._told.items()):
-            if protocol not in connections:
-                del self._told[protocol]
-            elif is_busy(protocol):
-                continue
-            elif now >= until or hasattr(protocol, "shutdown_requested"):
+    async def _close_silent(self, now: float) -> None:
+        """Close what has been told, its grace over, and what has HTTP/2 and no open stream."""
+        due: list[Protocol] = []
+        for protocol, until in self._told.items():  # in the order of their times
+            if until > now:
+                break
+            due.append(protocol)
+        for number, protocol in enumerate([*due, *self._multiplexed]):
+            if protocol not in self._http.state.connections:
+                self._told.pop(protocol, None)
+                self._multiplexed.discard(protocol)
+            elif not is_busy(protocol):
                 self.closed += 1
-                del self._told[protocol]
+                self._told.pop(protocol, None)
+                self._multiplexed.discard(protocol)
                 shut_down(protocol)
+                if number % _CLOSES_PER_TURN == 0:
+                    await asyncio.sleep(0)
 
     async def _cut(self) -> None:
         """The deadline has passed."""

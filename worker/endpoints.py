@@ -26,8 +26,8 @@ class Commands(Protocol):
     mode: WorkerMode
     operator_drain: str | None
 
-    def activate(self) -> None:
-        """Accept and adopt connections."""
+    def activate(self, alone: bool = False) -> None:
+        """Accept and adopt connections; `alone`: no other worker does."""
 
     def quiet(self) -> None:
         """Accept and adopt nothing."""
@@ -53,14 +53,19 @@ def handler(worker: Commands) -> Handler:
 
     async def readyz(_: Request) -> Response:
         ready = worker.mode is WorkerMode.ACTIVE and worker.operator_drain is None
-        answer = {"status": "ready" if ready else "not ready", "mode": worker.mode, "draining": worker.operator_drain}
+        answer = {
+            "status": "ready" if ready else "not ready",
+            "mode": worker.mode,
+            "draining": worker.operator_drain,
+        }
         return json_response(answer, 200 if ready else 503)
 
     async def status(_: Request) -> Response:
         return json_response(worker.status())
 
-    async def activate(_: Request) -> Response:
-        worker.activate()
+    async def activate(request: Request) -> Response:
+        # optional: how many workers share the load, of which this is one
+        worker.activate(alone=request.query.get("workers") == "1")
         return json_response(worker.status())
 
     async def drain_start(request: Request) -> Response:

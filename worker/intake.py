@@ -22,18 +22,32 @@ import msgspec
 
 from segue.handoff import descriptors, relay
 from segue.handoff.messages import ListenerInfo
+from segue.worker.collector import Collector
 from segue.worker.uvicorn_internals import Http, Protocol
 
 _log = logging.getLogger("segue.worker")
 
 ACCEPTS_PER_TURN = 8
-ADOPTS_PER_TURN = 24
+ADOPTS_PER_TURN = 12
+_BURST = 200
+"""Connections adopted in a row that make it worth while to let the garbage collector rest."""
+_BURST_GAP_S = 0.1
+_COURTESY_S = 8e-6
+"""How long to wait before the next message of the relay, per connection adopted in this burst."""
+_MAX_COURTESY_S = 0.004
 _PAUSE_S = 0.2
 """How long to wait when descriptors or memory run short."""
 _COMPLAIN_EVERY_S = 60.0
 _MIN_KEEP_ALIVE_S = 1.0
 _TRANSIENT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_PER_CONNECTION = {errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPERM}
+_PER_CONNECTION = {
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENETDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EPERM,
+}
 """accept(2): errors of the connection that was to be accepted, not of the listener."""
 
 
@@ -71,7 +85,12 @@ class Intake:
         self._paused: asyncio.TimerHandle | None = None
         self._made: set[asyncio.Task[None]] = set()
         self._unpacked: deque[_Adopted] = deque()
+        self._collector = Collector(loop)
+        self._burst = 0
+        self._adopted_at = 0.0
         self._complained = -_COMPLAIN_EVERY_S
+        self.alone = False
+        """Whether no other worker reads the relay: then there is nobody to leave anything to."""
         self.adopted = 0
         self.max_stall_s = 0.0
 
@@ -150,7 +169,9 @@ class Intake:
         now = time.monotonic()
         if now - self._complained > _COMPLAIN_EVERY_S:
             self._complained = now
-            _log.warning("event=intake-paused reason=%r connections=%d", why, len(self._http.state.connections))
+            _log.warning(
+                "event=intake-paused reason=%r connections=%d", why, len(self._http.state.connections)
+            )
 
     # Accepting
 
@@ -216,13 +237,20 @@ class Intake:
             _log.error("event=relay-truncated lost=%d", parcel.lost)
         listener = self._listeners.get(parcel.header.listener)
         if listener is None:
-            _log.warning("event=not-adopted listener=%s connections=%d", parcel.header.listener, len(parcel.fds))
+            _log.warning(
+                "event=not-adopted listener=%s connections=%d", parcel.header.listener, len(parcel.fds)
+            )
             relay.close_all(parcel.fds)
             return
         self._unpacked.extend(
             _Adopted(fd, listener, milliseconds)
             for fd, milliseconds in zip(parcel.fds, parcel.header.keep_alive_ms, strict=False)
         )
+        now = self._loop.time()
+        self._burst = len(parcel.fds) + (self._burst if now - self._adopted_at < _BURST_GAP_S else 0)
+        self._adopted_at = now
+        if self._burst >= _BURST:
+            self._collector.rest()
         self._adopting = True
         # the next message is left to others until this one is done
         self._leave_relay()
@@ -242,6 +270,11 @@ class Intake:
         if self._unpacked:
             self._adopt_some()
             return
+        # whoever has taken much lately lets the others go first, else the one with a free core takes most
+        courtesy_s = 0.0 if self.alone else min(_MAX_COURTESY_S, self._burst * _COURTESY_S)
+        self._loop.call_later(courtesy_s, self._next_message)
+
+    def _next_message(self) -> None:
         self._adopting = False
         self._return_to_relay()
 

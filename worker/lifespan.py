@@ -88,7 +88,9 @@ class Lifespan:
         _log.info("Waiting for application shutdown.")
         self._messages.put_nowait({"type": "lifespan.shutdown"})
         reported = asyncio.ensure_future(self._shutdown_reported.wait())
-        done, _ = await asyncio.wait({self._task, reported}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            {self._task, reported}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
         reported.cancel()
         if not done:
             _log.error("Application shutdown took longer than %g s and was cut", timeout_s)

@@ -77,7 +77,9 @@ async def _pass_on(scope: Any, receive: Receive, path: str, digest: bytes, maste
     method: str = scope["method"]
     readable = path == f"{HOT}/status" or path.startswith(f"{HOT}/operations/")
     if method != "POST" and not (method == "GET" and readable):
-        return problem(405, f"{method} {path} isn't passed on: GET takes status and operations/ID, the rest is POST")
+        return problem(
+            405, f"{method} {path} isn't passed on: GET takes status and operations/ID, the rest is POST"
+        )
     query = scope["query_string"].decode("latin-1")
     try:
         wait_s = float(dict(urllib.parse.parse_qsl(query)).get("wait", _DEFAULT_WAIT_S))

@@ -36,7 +36,11 @@ class Telling:
 
     def failed(self, reason: str) -> None:
         """Booting has failed. Waits a second at most until the master's queue has room."""
-        fields: dict[str, object] = {NotifyKey.FAILED: reason, NotifyKey.STATUS: f"{self._phase}: {reason}", NotifyKey.PHASE: self._phase}
+        fields: dict[str, object] = {
+            NotifyKey.FAILED: reason,
+            NotifyKey.STATUS: f"{self._phase}: {reason}",
+            NotifyKey.PHASE: self._phase,
+        }
         for _ in range(_FAILURE_TRIES):
             if self._notifier.send(fields):
                 return

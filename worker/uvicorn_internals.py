@@ -11,7 +11,7 @@ import asyncio
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from email.utils import formatdate
 from typing import Any, TypeAlias
 
@@ -28,7 +28,10 @@ CLOSE_HEADER = (b"connection", b"close")
 
 _EXPECTED: dict[str, tuple[str, ...]] = {
     "connections": ("self.connections.add(self)", "self.connections.discard(self)"),
-    "server_state": ("default_headers=self.server_state.default_headers", "self.server_state.total_requests += 1"),
+    "server_state": (
+        "default_headers=self.server_state.default_headers",
+        "self.server_state.total_requests += 1",
+    ),
     "on_response_complete": ("on_response=self.on_response_complete",),
     "timeout_keep_alive_task": ("self.timeout_keep_alive_task: ", "self.timeout_keep_alive_handler"),
     "flow": ("self.flow.resume_reading()", "self.flow.pause_reading()"),
@@ -37,7 +40,12 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
     "transport": ("self.transport = transport",),
 }
 _EXPECTED_ONLY: dict[str, tuple[str, ...]] = {
-    "HttpToolsProtocol": ("self.scope = {", "scope=self.scope", "self.pipeline.appendleft(", "self.parser.should_upgrade()"),
+    "HttpToolsProtocol": (
+        "self.scope = {",
+        "scope=self.scope",
+        "self.pipeline.appendleft(",
+        "self.parser.should_upgrade()",
+    ),
     "H11Protocol": ("self.conn.start_next_cycle()", "self.conn.our_state", "self.scope = {"),
 }
 
@@ -90,7 +98,9 @@ class ClosingState:
 class Http:
     """Makes uvicorn's protocols and does to them what uvicorn's own server would."""
 
-    def __init__(self, config: uvicorn.Config, app_state: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app_state: dict[str, Any], loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.config = config
         self.state = ServerState()
         self.closing_state = ClosingState(self.state)
@@ -179,6 +189,18 @@ def open_cycles(protocol: Protocol) -> Iterator[Cycle]:
         cycles.append(last)
     cycles += getattr(protocol, "cycles", {}).values()
     return (cycle for cycle in cycles if not cycle.response_complete)
+
+
+def in_flight(connections: Collection[Protocol]) -> int:
+    """How many of `connections` have an unanswered request (fast: a status must not hold 10,000 of them up)."""
+    count = 0
+    for protocol in connections:
+        cycle = getattr(protocol, "cycle", None)
+        if cycle is not None:
+            count += not cycle.response_complete
+        elif cycles := getattr(protocol, "cycles", None):
+            count += len(cycles)
+    return count
 
 
 def watch_responses(protocol: Protocol, completed: Callable[[Protocol], None]) -> None:

@@ -29,7 +29,7 @@ from segue.worker.events import Stage, WorkerInfo
 from segue.worker.intake import Intake, PublicListener
 from segue.worker.lifespan import Lifespan, StartFailed
 from segue.worker.telling import Telling
-from segue.worker.uvicorn_internals import Http, is_busy, open_cycles, shut_down
+from segue.worker.uvicorn_internals import Http, in_flight, is_busy, open_cycles, shut_down
 from segue.worker.warm_up import warm_up
 
 _log = logging.getLogger("segue.worker")
@@ -78,9 +78,16 @@ class Worker:
         self._http = Http(config, self._lifespan.state, self._loop)
         self._lifespan.state["segue"] = WorkerInfo(spec.generation, spec.worker)
         config.loaded_app = public.wrap(
-            config.loaded_app, config.root_path, spec.health_path, spec.token, spec.master_socket, self._unhealthy
+            config.loaded_app,
+            config.root_path,
+            spec.health_path,
+            spec.token,
+            spec.master_socket,
+            self._unhealthy,
         )
-        self._sockets = {name: socket.socket(fileno=fds[name]) for name in (FdName.RELAY_READ, FdName.RELAY_WRITE)}
+        self._sockets = {
+            name: socket.socket(fileno=fds[name]) for name in (FdName.RELAY_READ, FdName.RELAY_WRITE)
+        }
         listeners = {
             info.name: PublicListener(info, socket.socket(fileno=fds[info.name]))
             for info in spec.listeners
@@ -91,7 +98,9 @@ class Worker:
         self._control = socket.socket(fileno=fds[FdName.CONTROL])
         self._lifeline = fds[FdName.LIFELINE]
         self._intake = Intake(self._http, listeners, self._sockets[FdName.RELAY_READ], self._loop)
-        self._drain = Drain(self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s)
+        self._drain = Drain(
+            self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s
+        )
         self._master_gone = False
         self._stopping = asyncio.Event()
         self._stop_timeout_s = spec.stop_timeout_s
@@ -198,9 +207,10 @@ class Worker:
         """A command has arrived: the master knows of this worker."""
         self._telling.confirmed()
 
-    def activate(self) -> None:
-        """Accept and adopt connections, whatever was being drained."""
+    def activate(self, alone: bool = False) -> None:
+        """Accept and adopt connections, whatever was being drained; `alone`: no other worker will."""
         self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
+        self._intake.alone = alone
         self._drain.stop()
         self._intake.open()
         Stage.activate()
@@ -257,7 +267,7 @@ class Worker:
             draining=self.operator_drain is not None,
             connections=len(state.connections) + self._intake.pending,
             requests_total=state.total_requests,
-            in_flight=sum(1 for each in state.connections for _ in open_cycles(each)),
+            in_flight=in_flight(state.connections),
             tasks=len(state.tasks),
             handed_over=handover.sent,
             adopted=self._intake.adopted,

@@ -1,0 +1,73 @@
+"""The public addresses of an instance: opened before a generation is promoted, closed after the last has left them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, MutableMapping
+
+from segue.handoff.listeners import BindError, Listener, adopt_listener, open_listeners
+from segue.supervisor.settings import Effective
+from segue.supervisor.systemd import inherited_fds
+
+
+class Listening:
+    """Every listening socket that the master holds, by the bind that asked for it."""
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        self._inherited = [adopt_listener(fd) for fd in inherited_fds(environ)]
+        self._open: dict[str, list[Listener]] = {}
+        self._asked_for: tuple[str, ...] = ()
+        """Binds of a generation that is being prepared: nobody else may close them meanwhile."""
+
+    async def open(self, effective: Effective) -> tuple[Listener, ...]:
+        """What these settings ask for; sockets that are open stay as they are. Raises `BindError`."""
+        settings = effective.settings
+        # sockets that the service manager passed stand in for an address that nobody has chosen
+        binds = () if self._inherited and effective.sources["bind"] == "default" else settings.binds
+        found: list[Listener] = []
+        self._asked_for = binds
+        try:
+            for bind in binds:
+                if bind not in self._open:
+                    inherited = [listener for listener in self._inherited if listener.info.address == bind]
+                    # in a thread: a host name may have to be looked up
+                    self._open[bind] = inherited or await asyncio.to_thread(
+                        open_listeners, bind, settings.backlog
+                    )
+                for listener in self._open[bind]:
+                    listener.sock.listen(
+                        settings.backlog
+                    )  # again, for what was open: the backlog may have changed
+                found += self._open[bind]
+        except BindError:
+            self._asked_for = ()
+            raise
+        return tuple(found) + tuple(listener for listener in self._inherited if listener not in found)
+
+    def opened(self) -> None:
+        """The generation for which `open` was called is known now."""
+        self._asked_for = ()
+
+    def refuse(self, listeners: Iterable[Listener]) -> list[str]:
+        """Nobody accepts on these any more: who connects is refused, not left waiting. Returns their addresses."""
+        refused = []
+        for listener in listeners:
+            if listener.bind in self._open:
+                listener.refuse()
+                refused.append(listener.info.address)
+        return refused
+
+    def close_all_but(self, used: Iterable[Listener]) -> None:
+        """Close what nobody asks for."""
+        binds = {listener.bind for listener in used} | set(self._asked_for)
+        for bind in [bind for bind in self._open if bind not in binds]:
+            for listener in self._open.pop(bind):
+                if listener not in self._inherited:
+                    listener.close()
+
+    def close(self) -> None:
+        """Close everything."""
+        self._asked_for = ()
+        self.close_all_but(())
+        for listener in self._inherited:
+            listener.close()

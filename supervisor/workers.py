@@ -1,0 +1,216 @@
+"""The worker processes of an instance: started, called, listened to, and reaped.
+
+What happens to them goes out as events of the lifecycle; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any
+
+from segue.handoff.http import CallError, Response, call
+from segue.handoff.messages import HOT, NotifyKey, WorkerMode
+from segue.handoff.notify import Notification, NotifySocket
+from segue.supervisor import model, spawning
+from segue.supervisor.instance import Instance
+from segue.supervisor.log import Log
+from segue.supervisor.model import Verb
+from segue.supervisor.snapshot import Snapshot
+
+Key = tuple[int, int]
+"""Generation and worker."""
+
+_ANSWERS: dict[Verb, type[model.WorkerEvent]] = {
+    Verb.ACTIVATE: model.Activated,
+    Verb.QUIET: model.Quieted,
+    Verb.HAND_OVER: model.HandingOver,
+    Verb.STOP: model.StopTaken,
+    Verb.DRAIN: model.DrainTold,
+}
+
+
+class Child:
+    """A worker process, and the calls to it, which are made one after the other."""
+
+    def __init__(self, process: spawning.Process, taken: Snapshot, gated: bool) -> None:
+        self.process = process
+        self.taken = taken
+        self.gated = gated
+        """A respawn: it takes part only if its code is still its generation's."""
+        self.failure = ""
+        self.is_ready = False
+        self.last_call: asyncio.Task[None] | None = None
+
+
+class Workers:
+    """All of them, with what they share: the relay, the lifeline and the socket to which they report."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        environ: Mapping[str, str],
+        log: Log,
+        put: Callable[[model.Event], None],
+        start_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self.children: dict[Key, Child] = {}
+        self._instance = instance
+        self._environ = environ
+        self._log = log
+        self._put = put
+        self._start_task = start_task
+        self._relay = spawning.Relay.create()
+        self._lifeline_read, self._lifeline_write = os.pipe2(os.O_CLOEXEC)
+        self._notify = NotifySocket(instance.notify)
+        self._pids: dict[int, Key] = {}
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._notify.fileno(), self.read_notifications)
+
+    def close(self) -> None:
+        """Give everything back; workers that are left see their lifeline end."""
+        self._loop.remove_reader(self._notify.fileno())
+        self._notify.close()
+        self._relay.close()
+        os.close(self._lifeline_read)
+        os.close(self._lifeline_write)
+
+    # Starting
+
+    def spawn(self, key: Key, taken: Snapshot, gated: bool, drain_mode: str | None) -> None:
+        """Start a worker of the generation that `taken` is; gated, only if the code is still the same."""
+        if gated:
+            self._start_task(self._spawn_if_same(key, taken, drain_mode))
+        else:
+            self._spawn(key, taken, gated, drain_mode)
+
+    async def _spawn_if_same(self, key: Key, taken: Snapshot, drain_mode: str | None) -> None:
+        if await self._same_code(key, taken):
+            self._spawn(key, taken, True, drain_mode)
+
+    async def _same_code(self, key: Key, taken: Snapshot) -> bool:
+        now = await asyncio.to_thread(taken.fingerprint_now)
+        if now != taken.fingerprint:
+            what = f"the code in {taken.app_dir} is no longer that of generation {key[0]}"
+            self._put(model.CodeChanged(*key, what))
+        return now == taken.fingerprint
+
+    def _spawn(self, key: Key, taken: Snapshot, gated: bool, drain_mode: str | None) -> None:
+        spec = taken.spec(self._instance, *key, drain_mode)
+        listeners = {listener.info.name: listener.sock for listener in taken.listeners}
+        try:
+            process = spawning.spawn(
+                taken.python, spec, listeners, self._relay, self._lifeline_read, self._environ
+            )
+        except spawning.SpawnError as error:
+            self._put(model.WorkerExited(*key, reason=str(error)))
+            return
+        self.children[key] = Child(process, taken, gated)
+        self._pids[process.pid] = key
+        self._log("info", "worker-spawned", generation=key[0], worker=key[1], pid=process.pid)
+        self._loop.add_reader(process.pidfd, self._on_exit, key)
+
+    async def _ready_if_same(self, key: Key, taken: Snapshot) -> None:
+        """The code may have changed while the respawn was importing it."""
+        if await self._same_code(key, taken):
+            self._put(model.WorkerReady(*key))
+
+    # Ending
+
+    def kill(self, key: Key, now: bool) -> None:
+        """Ask a worker to end, or end it with its children."""
+        child = self.children.get(key)
+        if child is not None and now:
+            child.process.kill()
+        elif child is not None:
+            child.process.terminate()
+
+    def _on_exit(self, key: Key) -> None:
+        self.read_notifications()  # its last words come before its death
+        child = self.children.pop(key)
+        process = child.process
+        self._loop.remove_reader(process.pidfd)
+        status = process.reap()
+        self._pids.pop(process.pid, None)
+        output = "" if child.is_ready else process.tail()
+        process.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(process.control_path)
+        self._put(model.WorkerExited(*key, spawning.describe_exit(status, child.failure), output, status))
+
+    # Calling
+
+    def command(self, effect: model.Command, listeners: Iterable[str]) -> None:
+        """Call a worker; `listeners` are the names of those that the current generation has."""
+        child = self.children.get((effect.generation, effect.worker))
+        if child is not None:
+            child.last_call = self._start_task(
+                self._call(effect, child, _target(effect, listeners), child.last_call)
+            )
+
+    async def _call(
+        self, effect: model.Command, child: Child, target: str, before: asyncio.Task[None] | None
+    ) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        error = ""
+        try:
+            answer = await call(child.process.control_path, "POST", target, timeout_s=effect.timeout)
+            if answer.status >= 400:
+                error = _detail(answer)
+        except CallError as failure:
+            error = str(failure)
+        self._put(_ANSWERS[effect.verb](effect.generation, effect.worker, error))  # type: ignore[call-arg]
+
+    # Listening
+
+    def read_notifications(self) -> None:
+        """Take what workers have said."""
+        for notification in self._notify.receive():
+            key = self._pids.get(notification.pid)
+            if key is not None:
+                self._on_notification(key, self.children[key], notification)
+
+    def _on_notification(self, key: Key, child: Child, notification: Notification) -> None:
+        fields = notification.fields
+        if (failure := fields.get(NotifyKey.FAILED)) is not None:
+            child.failure = failure
+            return
+        if (phase := fields.get(NotifyKey.PHASE)) is not None:
+            self._put(model.WorkerPhased(*key, phase))
+        if NotifyKey.READY in fields and not child.is_ready:
+            child.is_ready = True
+            if child.gated:
+                self._start_task(self._ready_if_same(key, child.taken))
+            else:
+                self._put(model.WorkerReady(*key))
+        if (why := fields.get(NotifyKey.RECYCLE)) is not None:
+            self._put(model.WorkerAsks(*key, why))
+        drained = fields.get(NotifyKey.STATE) == WorkerMode.DRAINED
+        self._put(model.WorkerDrained(*key) if drained else model.WorkerBeat(*key))
+
+
+def _target(effect: model.Command, listeners: Iterable[str]) -> str:
+    match effect.verb:
+        case Verb.ACTIVATE:
+            return f"{HOT}/activate"
+        case Verb.QUIET:
+            return f"{HOT}/drain/start?mode=handover&send=0"
+        case Verb.HAND_OVER:
+            names = ",".join(listeners)
+            return f"{HOT}/drain/start?mode=handover&timeout={effect.budget:g}&listeners={names}"
+        case Verb.STOP:
+            return f"{HOT}/stop?timeout={effect.budget:g}"
+        case Verb.DRAIN:
+            return (
+                f"{HOT}/drain/start?mode={effect.mode}" if effect.mode else f"{HOT}/drain/stop?mode=operator"
+            )
+
+
+def _detail(answer: Response) -> str:
+    try:
+        return str(answer.json().get("detail"))
+    except (ValueError, AttributeError):
+        return f"status {answer.status}"
