@@ -74,14 +74,25 @@ class _Machine:
             self._worker_event(event)
         else:
             _EVENTS[type(event)](self, event)
+        self.conclude()
+
+    def conclude(self) -> None:
+        """What may have come to its end by what happened, whatever that was."""
+        self.check_drain_change()
+        self.check_scaling()
+        state = self.state
+        free = state.change is None and state.stopping is None and state.scaling is None
+        if state.scale_delta and free and state.current is not None:
+            delta, state.scale_delta = state.scale_delta, 0
+            self.scale_asked(m.ScaleAsked(None, delta=delta))
 
     def _worker_event(self, event: m.WorkerEvent) -> None:
         generation = self.state.generations.get(event.generation)
         worker = generation.workers.get(event.worker) if generation else None
         if generation is None or worker is None:
             return  # of a process that has already ended
-        if not isinstance(event, m.WorkerExited | m.CodeChanged):
-            worker.heard = self.now
+        if not isinstance(event, m.WorkerExited | m.CodeChanged) and not getattr(event, "error", ""):
+            worker.heard, worker.started = self.now, True
         WORKER[type(event), worker.state](self, generation, worker, event)
 
     # ------------------------------------------------------------------------------------------------- reload
@@ -177,28 +188,30 @@ class _Machine:
         self.release_if_empty(generation)
         if change is not None and change.first and self.state.stopping is None:
             self.begin_stop(status=3)
-        elif self.state.stopping is None and not self.state.serving and self.state.current is not None:
-            current = self.state.generations[self.state.current]
-            if current.wanted <= 0:
-                self.recover_later()
         self.after_change()
+        self.recover_if_lost()
 
     def after_change(self) -> None:
         """A change has ended: the requests that came meanwhile start the next one."""
         if self.state.stopping is not None or self.state.change is not None:
             return
-        delta, self.state.scale_delta = self.state.scale_delta, 0
         if self.state.queued:
             operations, self.state.queued = self.state.queued, ()
             self.start_change(operations)
-            self.state.scale_delta = delta
-        elif delta and self.state.current is not None:
-            self.scale_asked(m.ScaleAsked(None, delta=delta))
 
-    def recover_later(self) -> None:
+    def recover_if_lost(self) -> None:
         """Nothing serves and the old code is gone from the disk: the code that is there is tried, again and again."""
-        self.state.recover_at = self.now + backoff(self.state.recover_streak)
-        self.state.recover_streak += 1
+        if self.is_lost() and self.state.recover_at is None:
+            self.state.recover_at = self.now + backoff(self.state.recover_streak)
+            self.state.recover_streak += 1
+
+    def is_lost(self) -> bool:
+        """Whether no worker serves (a hung one doesn't), and none is about to."""
+        state = self.state
+        if state.current is None or state.stopping is not None or state.change is not None:
+            return False
+        current = state.generations[state.current]
+        return not current.respawn_at and not current.having(m.STARTING | {WorkerState.ACTIVE})
 
     # ------------------------------------------------------------------------------------------ leaving workers
 
@@ -286,32 +299,62 @@ class _Machine:
 
     def fill(self, generation: m.Generation) -> None:
         """Bring the current generation to the number of workers that it shall have."""
-        if generation.id != self.state.current or self.state.stopping is not None:
+        if generation.id != self.state.current or self.state.ending:
             return
-        replacing = {worker.replaces for worker in generation.workers.values()}
+        replacements = {worker.replaces: worker for worker in generation.workers.values()}
         staying = generation.having(SERVING_OR_STARTING)
-        count = sum(1 for worker in staying if worker.id not in replacing) + len(generation.respawn_at)
+        count = sum(1 for worker in staying if worker.id not in replacements) + len(generation.respawn_at)
         while count < generation.wanted:
-            self.spawn(generation, gated=True)
+            self.respawn_later(generation)
             count += 1
         while count > generation.wanted and generation.respawn_at:
             generation.respawn_at.remove(max(generation.respawn_at))
             count -= 1
-        surplus = [
-            worker for worker in staying if worker.state is not WorkerState.HUNG and not worker.replaces
-        ]
-        surplus.sort(key=lambda worker: (worker.state in m.SERVING, -worker.id))
+        # those that don't serve yet go first, then those that would be replaced; with each its replacement
+        surplus = [worker for worker in staying if worker.replaces is None]
+        surplus.sort(key=lambda worker: (worker.state in m.SERVING, not worker.replace_why, -worker.id))
         for worker in surplus[: max(0, count - generation.wanted)]:
-            self.leave(generation, worker, "fewer workers were asked for")
+            for leaving in (replacements.get(worker.id), worker):
+                if leaving is not None:
+                    leaving.replaces = None
+                    self.leave(generation, leaving, "fewer workers were asked for")
+        self.replace_next(generation)
 
     def replace(self, generation: m.Generation, worker: m.Worker, why: str) -> None:
         """Start-first: another worker of the same generation, and this one leaves when that one serves."""
-        if generation.id != self.state.current or self.state.stopping is not None:
+        if not worker.replace_why:
+            worker.replace_why = why
+            self.replace_next(generation)
+
+    def replace_next(self, generation: m.Generation) -> None:
+        """One at a time: the first that is to be replaced, and does not wait after a try that failed."""
+        if generation.id != self.state.current or self.state.ending:
             return
         if any(other.replaces is not None for other in generation.workers.values()):
-            return  # one at a time; it asks again, or stays silent
-        self.say("warning", "worker-replaced", generation, worker, reason=why)
-        self.spawn(generation, gated=True, replaces=worker.id)
+            return
+        for worker in generation.having(m.SERVING):
+            if worker.replace_why and worker.deadline is None:
+                self.say("warning", "worker-replaced", generation, worker, reason=worker.replace_why)
+                self.spawn(generation, gated=True, replaces=worker.id)
+                return
+
+    def start_failed(self, generation: m.Generation, worker: m.Worker, reason: str, output: str = "") -> None:
+        """One that the current generation wanted does not come: what it was for is given up, or tried again later."""
+        generation.streak += 1
+        if worker.replaces is not None:
+            self.replace_later(generation, worker, backoff(generation.streak))
+        elif self.state.scaling is not None:
+            self.undo_scaling(generation, reason, output)
+        else:
+            self.respawn_later(generation)
+
+    def replace_later(self, generation: m.Generation, replacement: m.Worker, delay: float) -> None:
+        """The replacement does not come. Whom it was for stays until another try, and others have their turn."""
+        replaced = generation.workers.get(replacement.replaces) if replacement.replaces is not None else None
+        replacement.replaces = None
+        if replaced is not None and replaced.state in m.SERVING:
+            replaced.deadline = self.now + delay
+        self.replace_next(generation)
 
     # ------------------------------------------------------------------------------------------- worker events
 
@@ -325,7 +368,7 @@ class _Machine:
         if generation.state is GenerationState.BOOTING:
             if all(other.state is WorkerState.READY for other in generation.workers.values()):
                 self.stage(generation)
-        elif generation.id == self.state.current and self.state.stopping is None:
+        elif generation.id == self.state.current:
             self.activate(generation, worker)
         else:
             self.terminate(generation, worker, "it is no longer needed")
@@ -338,9 +381,7 @@ class _Machine:
                 self.fail(generation, reason)
             else:
                 self.kill(generation, worker, reason)
-                generation.streak += 1
-                if worker.replaces is None:
-                    self.respawn_later(generation)
+                self.start_failed(generation, worker, reason)
             return
         worker.state, worker.deadline = WorkerState.ACTIVE, None
         if generation.state is GenerationState.STAGED:
@@ -354,11 +395,16 @@ class _Machine:
         if replaced is not None:
             self.leave(generation, replaced, "it was replaced")
         self.fill(generation)
-        self.check_scaling(generation)
 
-    def beat(self, _: m.Generation, worker: m.Worker, __: m.WorkerEvent) -> None:
-        if worker.state is WorkerState.HUNG:
-            worker.state = WorkerState.ACTIVE  # its replacement goes on, and then it leaves in peace
+    def woke_up(self, _: m.Generation, worker: m.Worker, __: m.WorkerEvent) -> None:
+        worker.state = WorkerState.ACTIVE  # its replacement goes on, and then it leaves in peace
+
+    def hand_over_again(self, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
+        if worker.handover_refused and not generation.having(frozenset({WorkerState.QUIETING})):
+            worker.handover_refused = False
+            assert worker.deadline is not None
+            budget = max(0.0, worker.deadline - SCALE_SLACK_S - self.now)
+            self.command(generation, worker, Verb.HAND_OVER, COMMAND_TIMEOUT_S, budget=budget)
 
     def asks(self, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
         assert isinstance(event, m.WorkerAsks)
@@ -375,9 +421,7 @@ class _Machine:
         assert isinstance(event, m.HandingOver)
         if event.error:
             self.say("warning", "worker-silent", generation, worker, reason=event.error)
-            self.command(
-                generation, worker, Verb.HAND_OVER, COMMAND_TIMEOUT_S, budget=generation.limits.drain_timeout
-            )
+            worker.handover_refused = True
 
     def drained(self, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
         self.stop_worker(generation, worker, generation.limits.stop_timeout)
@@ -389,12 +433,26 @@ class _Machine:
 
     def drain_told(self, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
         assert isinstance(event, m.DrainTold)
+        worker.drains_unanswered = max(0, worker.drains_unanswered - 1)
+        if worker.drains_unanswered:
+            return  # to an older one
         change = self.state.drain_change
-        if change is not None:
-            change.pending.discard((generation.id, worker.id))
-        if event.error and worker.state in m.SERVING:
-            self.replace(generation, worker, f"it did not take the drain mode: {event.error}")
-        self.check_drain_change()
+        if not event.error:
+            if change is not None:
+                change.pending.discard((generation.id, worker.id))
+            return
+        reason = (
+            f"worker {worker.id} of generation {generation.id} did not take the drain mode: {event.error}"
+        )
+        if change is not None and (generation.id, worker.id) in change.pending:
+            self.end_drain_change(ok=False, reason=reason)
+        if generation.state is GenerationState.STAGED:
+            self.fail(generation, reason)
+        elif worker.state is WorkerState.ACTIVATING:
+            self.kill(generation, worker, reason)
+            self.start_failed(generation, worker, reason)
+        elif worker.state in m.SERVING:
+            self.replace(generation, worker, reason)
 
     def boot_failed(self, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
         """Death before it was active."""
@@ -402,19 +460,11 @@ class _Machine:
         del generation.workers[worker.id]
         if generation.state in {GenerationState.BOOTING, GenerationState.STAGED}:
             self.fail(generation, f"worker {worker.id} {event.reason}", event.output)
-        elif generation.id == self.state.current and self.state.stopping is None:
-            generation.streak += 1
-            reason = f"worker {worker.id} {event.reason}"
+        elif generation.id == self.state.current:
             self.say(
                 "error", "worker-start-failed", generation, worker, reason=event.reason, output=event.output
             )
-            if self.state.scaling is not None and self.state.scaling.generation == generation.id:
-                generation.target = self.state.scaling.before
-                self.end_scaling(ok=False, reason=reason, output=event.output)
-                self.fill(generation)
-            elif worker.replaces is None:
-                self.respawn_later(generation)
-            # a replacement is started again when the heartbeat, or the request to be replaced, is missed again
+            self.start_failed(generation, worker, f"worker {worker.id} {event.reason}", event.output)
         self.release_if_empty(generation)
 
     def crashed(self, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -424,10 +474,11 @@ class _Machine:
         self.say("error", "worker-died", generation, worker, reason=event.reason, output=event.output)
         if generation.state is GenerationState.STAGED:
             self.fail(generation, f"worker {worker.id} {event.reason}", event.output)
-        elif generation.id == self.state.current and self.state.stopping is None:
+        elif generation.id == self.state.current:
             replacement = next((o for o in generation.workers.values() if o.replaces == worker.id), None)
             if replacement is not None:
                 replacement.replaces = None  # it is the respawn now
+                self.replace_next(generation)
             else:
                 self.respawn_later(generation)
         self.release_if_empty(generation)
@@ -448,24 +499,26 @@ class _Machine:
     def code_changed(self, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
         """The respawn does not take part: two codes would serve side by side under one generation's name."""
         assert isinstance(event, m.CodeChanged)
-        if worker.state is WorkerState.BOOTING:
-            del generation.workers[worker.id]
-        else:
+        if worker.started:
             self.terminate(generation, worker, "its code is not its generation's")
-        if generation.id != self.state.current:
-            return
-        if worker.replaces is None:
-            generation.missing += 1
-        scaling = self.state.scaling
+        else:
+            del generation.workers[worker.id]
         reason = f"{event.what}; run a reload to move to the new code"
-        if scaling is not None and scaling.generation == generation.id:
-            generation.missing -= 1
-            generation.target = scaling.before
-            self.end_scaling(ok=False, reason=reason)
+        if worker.replaces is not None:
+            self.replace_later(generation, worker, BACKOFF_CAP_S)
+        elif self.state.scaling is not None:
+            self.undo_scaling(generation, reason)
+        else:
+            generation.missing += 1
         self.say("warning", "generation-short", generation, worker, reason=reason, missing=generation.missing)
-        if generation.wanted <= 0 and not self.state.serving and self.state.change is None:
-            self.recover_later()
-        self.release_if_empty(generation)
+        self.recover_if_lost()
+
+    def never_started(self, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
+        """It was given up while its code was being compared, and now it isn't started at all."""
+        if not worker.started:
+            del generation.workers[worker.id]
+            self.fill(generation)
+            self.release_if_empty(generation)
 
     def ignored(self, _: m.Generation, __: m.Worker, ___: m.WorkerEvent) -> None:
         """Repeated, or overtaken by something that has happened since."""
@@ -479,33 +532,39 @@ class _Machine:
         if state.stopping is not None:
             refusal = STOPPING_CAUSE
         elif state.change is not None or current is None:
-            if event.operation is None:
-                state.scale_delta += event.delta
-                return
             refusal = "a reload is running; try again when it has ended"
         elif state.scaling is not None and state.scaling.operation is not None:
             refusal = "the number of workers is being changed already"
         if refusal or current is None:
             if event.operation is not None:
                 self.settle(event.operation, ok=False, reason=refusal)
+            elif state.stopping is None:
+                state.scale_delta += event.delta  # its turn comes
             return
         count = event.count if event.count is not None else current.target + event.delta
         if count < 1:
             if event.operation is not None:
                 self.settle(event.operation, ok=False, reason=f"{count} workers can't serve; 1 is the least")
             return
-        state.scaling = m.Scaling(event.operation, current.id, before=current.target)
         self.say("info", "scale", current, None, workers=count, before=current.target)
-        current.target = count
+        if state.scaling is None:
+            state.scaling = m.Scaling(event.operation, current.id, current.target, current.missing)
+        state.scaling.operation = event.operation  # a nudge under way is overtaken; what it began at stays
+        current.target, current.missing = count, 0
         self.fill(current)
-        self.check_scaling(current)
 
-    def check_scaling(self, generation: m.Generation) -> None:
-        scaling = self.state.scaling
-        if scaling is None or scaling.generation != generation.id:
-            return
-        if len(generation.having(m.SERVING)) == generation.wanted and not generation.having(m.STARTING):
-            self.end_scaling(ok=True)
+    def check_scaling(self) -> None:
+        if self.state.scaling is not None:
+            generation = self.state.generations[self.state.scaling.generation]
+            if len(generation.having(m.SERVING)) == generation.target and not generation.having(m.STARTING):
+                self.end_scaling(ok=True)
+
+    def undo_scaling(self, generation: m.Generation, reason: str, output: str = "") -> None:
+        """It can't be done: back to the number that there was."""
+        assert self.state.scaling is not None
+        generation.target, generation.missing = self.state.scaling.before, self.state.scaling.missing
+        self.end_scaling(ok=False, reason=reason, output=output)
+        self.fill(generation)
 
     def end_scaling(self, ok: bool, reason: str = "", output: str = "") -> None:
         scaling, self.state.scaling = self.state.scaling, None
@@ -516,10 +575,7 @@ class _Machine:
         if self.state.stopping is not None:
             self.settle(event.operation, ok=False, reason=STOPPING_CAUSE)
             return
-        if self.state.drain_change is not None:
-            self.settle(
-                self.state.drain_change.operation, ok=False, reason="another drain request came after it"
-            )
+        self.end_drain_change(ok=False, reason="another drain request came after it")
         self.state.drain_mode = event.mode
         self.state.drain_change = m.DrainChange(event.operation, set())
         self.say("info", "drain", None, None, mode=event.mode or "off")
@@ -527,10 +583,10 @@ class _Machine:
             for worker in generation.having(m.SERVING | m.LEAVING | {WorkerState.ACTIVATING}):
                 self.tell_drain(generation, worker)
                 self.state.drain_change.pending.add((generation.id, worker.id))
-        self.check_drain_change()
 
     def tell_drain(self, generation: m.Generation, worker: m.Worker) -> None:
         worker.drain_mode = self.state.drain_mode
+        worker.drains_unanswered += 1
         self.command(generation, worker, Verb.DRAIN, COMMAND_TIMEOUT_S, mode=self.state.drain_mode)
 
     def check_drain_change(self) -> None:
@@ -543,8 +599,12 @@ class _Machine:
             if generation in self.state.generations and worker in self.state.generations[generation].workers
         }
         if not change.pending:
-            self.state.drain_change = None
-            self.settle(change.operation, ok=True, generation=self.state.current)
+            self.end_drain_change(ok=True)
+
+    def end_drain_change(self, ok: bool, reason: str = "") -> None:
+        change, self.state.drain_change = self.state.drain_change, None
+        if change is not None:
+            self.settle(change.operation, ok=ok, reason=reason, generation=self.state.current)
 
     def stop_asked(self, event: m.StopAsked) -> None:
         operations = (event.operation,) if event.operation is not None else ()
@@ -563,17 +623,18 @@ class _Machine:
                     generation.limits.heartbeat_timeout,
                 )
             self.refuse_waiting(STOPPING_CAUSE)
-        elif event.operation is None and stopping.begun:
+        elif event.operation is None:
             event = m.StopAsked(None, at_once=True)  # the second signal
         stopping.operations += operations
         if event.at_once:
             stopping.begun, stopping.deadline = True, None
             for generation in self.state.generations.values():
-                for worker in list(generation.workers.values()):
+                generation.respawn_at.clear()
+                for worker in generation.workers.values():
                     self.kill(generation, worker, "stop at once")
+            self.exit_if_empty()
         elif not stopping.begun and event.delay <= 0:
             self.begin_stop(stopping.status)
-        self.exit_if_empty()
 
     def refuse_waiting(self, reason: str) -> None:
         """A stop has come: everybody who waits for something else gets the answer now."""
@@ -582,17 +643,15 @@ class _Machine:
             self.settle(operation, ok=False, reason=reason)
         self.end_scaling(ok=False, reason=reason)
         self.state.recover_at = None
-        if self.state.drain_change is not None:
-            self.settle(self.state.drain_change.operation, ok=False, reason=reason)
-            self.state.drain_change = None
+        self.end_drain_change(ok=False, reason=reason)
         if self.state.change is not None:
             self.fail(self.state.generations[self.state.change.generation], reason)
 
     def begin_stop(self, status: int) -> None:
         """Tell every worker to finish and end."""
-        queued, self.state.queued = self.state.queued, ()
-        for operation in queued:
-            self.settle(operation, ok=False, reason=_STOP_REASONS.get(status, STOPPING_CAUSE))
+        self.refuse_waiting(_STOP_REASONS.get(status, STOPPING_CAUSE))
+        if self.state.current is not None and not self.state.serving:
+            status = status or 1
         operations = self.state.stopping.operations if self.state.stopping else ()
         self.state.stopping = m.Stopping(operations, begun=True, deadline=None, status=status)
         for generation in list(self.state.generations.values()):
@@ -601,7 +660,10 @@ class _Machine:
             for worker in list(generation.workers.values()):
                 if worker.state in STARTING_IDLE:
                     self.terminate(generation, worker, "it was still starting")
-                elif worker.state not in {WorkerState.STOPPING, WorkerState.KILLED}:
+                elif worker.state is WorkerState.STOPPING:
+                    latest = self.now + generation.limits.stop_timeout + 2 * SCALE_SLACK_S
+                    worker.deadline = min(latest, worker.deadline or latest)
+                elif worker.state is not WorkerState.KILLED:
                     worker.cause = STOPPING_CAUSE
                     self.stop_worker(generation, worker, generation.limits.stop_timeout)
         self.exit_if_empty()
@@ -630,6 +692,7 @@ class _Machine:
         for generation in self.state.generations.values():
             if generation.deadline is not None:
                 generation.deadline += shift
+            generation.respawn_at = [time + shift for time in generation.respawn_at]
             for worker in generation.workers.values():
                 worker.heard += shift
                 if worker.deadline is not None:
@@ -649,11 +712,11 @@ class _Machine:
             for worker in list(generation.workers.values()):
                 if worker.deadline is not None and worker.deadline <= self.now:
                     self.worker_late(generation, worker)
-                elif worker.state in _WATCHED:
+                if worker.state in _WATCHED:
                     self.check_heartbeat(generation, worker)
         if self.state.recover_at is not None and self.state.recover_at <= self.now:
             self.state.recover_at = None
-            if self.state.change is None and not self.state.serving:
+            if self.is_lost():
                 self.start_change(())
 
     def generation_late(self, generation: m.Generation) -> None:
@@ -673,12 +736,10 @@ class _Machine:
         elif worker.state is WorkerState.BOOTING:
             reason = f"was not ready within {generation.limits.ready_timeout:g} s (it is in {worker.phase})"
             self.kill(generation, worker, reason)
-            generation.streak += 1
-            if self.state.scaling is not None and self.state.scaling.generation == generation.id:
-                generation.target = self.state.scaling.before
-                self.end_scaling(ok=False, reason=f"worker {worker.id} {reason}")
-            elif worker.replaces is None:
-                self.respawn_later(generation)
+            self.start_failed(generation, worker, f"worker {worker.id} {reason}")
+        elif worker.state in m.SERVING:
+            worker.deadline = None
+            self.replace_next(generation)
         else:
             # ACTIVATING and QUIETING have an answer coming, if only that there was none
             WORKER[_LATE[worker.state], worker.state](
@@ -686,16 +747,12 @@ class _Machine:
             )
 
     def check_heartbeat(self, generation: m.Generation, worker: m.Worker) -> None:
-        silence = self.now - worker.heard
-        if silence < generation.limits.heartbeat_timeout:
+        if worker.heard + generation.limits.heartbeat_timeout > self.now:
             return
-        reason = f"its event loop has been silent for {silence:.1f} s"
+        reason = f"its event loop has been silent for {self.now - worker.heard:.1f} s"
         if worker.state is WorkerState.ACTIVE and generation.state is GenerationState.ACTIVE:
-            if not any(other.replaces is not None for other in generation.workers.values()):
-                self.replace(generation, worker, reason)
-                worker.state = WorkerState.HUNG
-            else:
-                worker.heard = self.now  # one at a time: its turn comes
+            worker.state = WorkerState.HUNG
+            self.replace(generation, worker, reason)
         elif generation.state is GenerationState.STAGED or generation.state is GenerationState.BOOTING:
             self.fail(generation, f"worker {worker.id}: {reason}")
         else:
@@ -744,7 +801,6 @@ class _Machine:
 
     def release_if_empty(self, generation: m.Generation) -> None:
         """A generation that was replaced, or failed, ends with its last process."""
-        self.check_drain_change()
         if generation.workers or generation.id not in self.state.generations:
             return
         if generation.state in {GenerationState.DRAINING, GenerationState.FAILED}:
@@ -784,8 +840,8 @@ def _row(
 
 WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.WorkerPhased, booting=_Machine.boot_phase),
-    **_row(m.WorkerReady, booting=_Machine.became_ready, hung=_Machine.beat),
-    **_row(m.WorkerBeat, hung=_Machine.beat),
+    **_row(m.WorkerReady, booting=_Machine.became_ready, hung=_Machine.woke_up),
+    **_row(m.WorkerBeat, hung=_Machine.woke_up, draining=_Machine.hand_over_again),
     **_row(m.WorkerAsks, active=_Machine.asks),
     **_row(m.Activated, activating=_Machine.activated),
     **_row(m.Quieted, quieting=_Machine.quieted),
@@ -814,7 +870,12 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
         stopping=_Machine.ended,
         killed=_Machine.ended,
     ),
-    **_row(m.CodeChanged, booting=_Machine.code_changed, ready=_Machine.code_changed),
+    **_row(
+        m.CodeChanged,
+        booting=_Machine.code_changed,
+        stopping=_Machine.never_started,
+        killed=_Machine.never_started,
+    ),
 }
 """What each message of or about a worker means in each of its states. Total: states × events."""
 

@@ -207,7 +207,8 @@ class Master:
                 for operation in self.operations.last("reload", 50):
                     if operation.ok and operation.generation == generation:
                         operation.mark_drained()
-                self.log("info", "drained", before=generation)
+                        if operation.asked_by != START:
+                            self.log("info", "drained", replaced_by=generation, operation=operation.number)
             case model.Released(generation, failed):
                 self._release(generation, failed)
             case model.Say(level, event, fields):

@@ -72,10 +72,18 @@ class Worker:
     heard: float
     """When it was last heard of."""
     phase: str = "boot"
+    started: bool = False
+    """Whether its process has been heard of: a gated one may not have been started yet."""
     replaces: int | None = None
     """The worker that leaves once this one is active."""
+    replace_why: str = ""
+    """Why it is to be replaced. Its deadline, if any, says when that is tried again."""
     drain_mode: str | None = None
     """The operator's drain that this worker was last told of."""
+    drains_unanswered: int = 0
+    """How often it was told of one and has yet to answer."""
+    handover_refused: bool = False
+    """It did not take its handover, and is told again when it shows that it is alive."""
     cause: str = ""
     """Why it leaves or was killed, for the log."""
 
@@ -144,6 +152,7 @@ class Scaling:
     operation: int | None
     generation: int
     before: int
+    missing: int
 
 
 @dataclass(slots=True)
@@ -178,7 +187,7 @@ class State:
     """Operations that asked for a reload while one ran: the next one answers them all."""
     scaling: Scaling | None = None
     scale_delta: int = 0
-    """TTIN and TTOU that came while a reload ran."""
+    """TTIN and TTOU that came while a reload ran, or another change of the number of workers."""
     stopping: Stopping | None = None
     drain_mode: str | None = None
     drain_change: DrainChange | None = None
@@ -204,6 +213,11 @@ class State:
     def serving(self) -> bool:
         """Whether a worker of the current generation accepts."""
         return self.current is not None and bool(self.generations[self.current].having(SERVING))
+
+    @property
+    def ending(self) -> bool:
+        """Whether a stop has begun: nothing is started any more."""
+        return self.stopping is not None and self.stopping.begun
 
     @property
     def ready(self) -> bool:
@@ -369,7 +383,9 @@ class Prepare(msgspec.Struct, frozen=True):
 
 
 class Spawn(msgspec.Struct, frozen=True):
-    """Start a worker. `gated`: only if the code is still the generation's, else answer `CodeChanged`."""
+    """Start a worker. `gated`: only if the code is still the generation's, else answer `CodeChanged`; and only if the
+    worker is still `BOOTING` once that is known, else answer `WorkerExited`: there was nothing yet to signal.
+    """
 
     generation: int
     worker: int

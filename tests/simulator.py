@@ -355,7 +355,7 @@ class World:
                 self.answers[operation] = effect
                 self._check_truth(effect, effects)
             case m.Promoted(generation):
-                self._check_promotion(generation)
+                self._check_promotion(before.generations[generation])
                 self.promoted.append(generation)
             case m.AllDrained(generation):
                 self.drained.append(generation)
@@ -589,6 +589,8 @@ class World:
     def _die(self, process: Process, status: int, reason: str, output: str = "") -> None:
         if not process.alive:
             return
+        if process.mode == "active":
+            self._harm(process.key[0])
         process.alive = False
         self.ended[process.key] += 1
         if process.call is not None:
@@ -601,11 +603,12 @@ class World:
 
     # ----------------------------------------------------------------------------- what an effect may say
 
-    def _check_promotion(self, generation: int) -> None:
-        promoted = self.state.generations[generation]
-        confirmed = [process for process in self.processes.values() if process.key[0] == generation]
-        assert len(confirmed) == promoted.target, "not all of its workers were started"
-        assert all(p.mode in {"active"} for p in confirmed), f"promoted unconfirmed; {self.describe()}"
+    def _check_promotion(self, generation: m.Generation) -> None:
+        confirmed = [process for process in self.processes.values() if process.key[0] == generation.id]
+        assert len(confirmed) == generation.target, "not all of its workers were started"
+        assert all(process.mode == "active" for process in confirmed), (
+            f"promoted unconfirmed; {self.describe()}"
+        )
 
     def _check_truth(self, settled: m.Settle, effects: list[m.Effect]) -> None:
         """Success is told when it is true, and failure with its reason."""

@@ -119,9 +119,6 @@ def test_keep_alive_connections_live_on_in_the_next_generation(
         busy = clients[:5]
         for client in busy:
             client.send(b"GET /slow?0.2 HTTP/1.1\r\nHost: test\r\n\r\n")
-        for client in busy:
-            # quiet is told while they are being answered
-            assert bench.listener.fileno() > 0
         old.hand_over()
         for client in busy:
             answer = client.read()
@@ -347,8 +344,10 @@ BROKEN = {
         "start-up of the application failed: RuntimeError: no database",
     ),
     "reported": (
-        "async def app(scope, receive, send):\n await receive()\n"
-        " await send({'type': 'lifespan.startup.failed', 'message': 'Traceback\\nOSError: no disk'})",
+        (
+            "async def app(scope, receive, send):\n await receive()\n"
+            " await send({'type': 'lifespan.startup.failed', 'message': 'Traceback\\nOSError: no disk'})"
+        ),
         {},
         "start-up of the application failed: OSError: no disk",
     ),
@@ -583,3 +582,50 @@ def test_a_worker_asks_to_be_recycled_after_its_requests(bench: Bench) -> None:
     assert worker.wait_for("X_SEGUE_RECYCLE") == "limit_max_requests"
     assert client.ask().status == 200
     assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_tls_connections_are_told_and_closed_when_silent(bench: Bench, tmp_path: Path, http: str) -> None:
+    import ssl
+
+    import trustme
+
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "pem"))
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    options = {"http": http, "ssl_certfile": str(tmp_path / "pem")}
+    old = bench.spawn(**options).wait_ready().activate()
+    talking, silent = bench.client(), bench.client()
+    for client in (talking, silent):
+        client.file.close()
+        client.sock = trusting.wrap_socket(client.sock, server_hostname="localhost")
+        client.file = client.sock.makefile("rb")
+        assert "connection" not in client.ask().headers
+    talking.send(b"GET /slow?0.1 HTTP/1.1\r\nHost: t\r\n\r\n")
+    new = bench.spawn(**options).wait_ready().activate()
+    old.hand_over(wait=False)
+    answer = talking.read()
+    assert answer.text == "slow"
+    talking.close()
+    assert silent.sock.recv(1) == b""
+    old.wait_for("X_SEGUE_STATE", "drained")
+    assert old.status().handed_over == 0
+    for worker in (old, new):
+        assert worker.stop() == 0
+
+
+def test_connections_of_a_listener_that_goes_away_are_told_and_closed(bench: Bench) -> None:
+    old = bench.spawn().wait_ready().activate()
+    silent, talking = bench.client(), bench.client()
+    silent.ask()
+    talking.ask()
+    old.hand_over(wait=False, listeners="another")
+    while old.status().sending_s is None:
+        pass
+    assert talking.ask().headers["connection"] == "close"
+    assert silent.is_closed(5)
+    old.wait_for("X_SEGUE_STATE", "drained")
+    assert old.status().handed_over == 0
+    assert old.stop() == 0

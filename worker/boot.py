@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import importlib
 import logging
 import os
@@ -22,6 +23,8 @@ from segue.worker.telling import Telling
 
 _BUILTIN = "segue.worker.builtin:app"
 _EXIT_NOT_A_WORKER = 2
+_EXIT_FAILED_START = 3
+_MAX_EXIT_S = 10.0
 
 
 def main() -> int:
@@ -61,7 +64,9 @@ def main() -> int:
         flush=True,
     )
     telling.failed(reason)
-    return 3
+    # a thread that the application's import has left behind must not keep the process
+    faulthandler.dump_traceback_later(_MAX_EXIT_S, exit=True, file=2)
+    return _EXIT_FAILED_START
 
 
 def _read_spec(fds: Mapping[str, int]) -> WorkerSpec:

@@ -23,6 +23,7 @@ _SLOW_SWEEP_S = 0.1
 _EAGER_FOR_S = 2.0
 _WEBSOCKETS_SPREAD_S = 3.0
 _CLOSES_PER_TURN = 50
+_LINGER_S = 3.0
 _SETTLE_S = 1.0
 """How long cancelled tasks have to end, and closed connections to be written out."""
 
@@ -118,6 +119,8 @@ class Drain:
                 self._told.pop(protocol, None)
                 self._multiplexed.discard(protocol)
                 shut_down(protocol)
+                # TLS waits half a minute for the other side's farewell
+                self._loop.call_later(_LINGER_S, close, protocol, True)
                 if number % _CLOSES_PER_TURN == 0:
                     await asyncio.sleep(0)
 

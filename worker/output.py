@@ -57,7 +57,7 @@ class BootOutput:
         replay = threading.Thread(target=self._replay, name="segue-replay", daemon=True)
         replay.start()
         deadline = time.monotonic() + _REPLAY_TIMEOUT_S + 0.2
-        while replay.is_alive() and time.monotonic() < deadline:
+        while replay.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - a thread sets no asyncio.Event
             await asyncio.sleep(0.002)
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)

@@ -27,7 +27,7 @@ from segue.worker.drain import Drain, cut
 from segue.worker.endpoints import Refused, handler
 from segue.worker.events import Stage, WorkerInfo
 from segue.worker.intake import Intake, PublicListener
-from segue.worker.lifespan import Lifespan, StartFailed
+from segue.worker.lifespan import Lifespan
 from segue.worker.telling import Telling
 from segue.worker.uvicorn_internals import Http, in_flight, is_busy, open_cycles, shut_down
 from segue.worker.warm_up import warm_up
@@ -37,7 +37,6 @@ _log = logging.getLogger("segue.worker")
 EXIT_OK = 0
 EXIT_CUT = 1
 """Something had to be cut at the end of a stop's timeout."""
-EXIT_FAILED_START = 3
 EXIT_NO_MASTER = 4
 """The master went away before this worker had been activated."""
 
@@ -110,7 +109,7 @@ class Worker:
     # Its life
 
     async def run(self) -> int:
-        """Start, serve until told to stop, and end; returns the exit status. Raises `StartFailed`."""
+        """Start, serve until told to stop, and end; returns the exit status. Raises `lifespan.StartFailed`."""
         control = await serve(self._control, handler(self))
         self._loop.add_signal_handler(signal.SIGTERM, self.stop, None)
         self._loop.add_reader(self._lifeline, self._on_lifeline)
@@ -118,6 +117,7 @@ class Worker:
             if not await self._start_unless_stopped():
                 return self._exit
             if self._spec.check_only:
+                self._arm_hard_end(self._stop_timeout_s)
                 await self._lifespan.shutdown(self._stop_timeout_s)
                 return EXIT_OK
             await self._stopping.wait()
@@ -329,6 +329,3 @@ class Worker:
 def recycle_limit(maximum: int | None, jitter: int) -> int | None:
     """After how many requests this worker asks to be replaced, as uvicorn picks it."""
     return None if maximum is None else maximum + random.randint(0, jitter)  # noqa: S311 - spreads restarts
-
-
-__all__ = ["StartFailed", "Worker", "recycle_limit"]
