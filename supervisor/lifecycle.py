@@ -310,9 +310,9 @@ class _Machine:
         while count > generation.wanted and generation.respawn_at:
             generation.respawn_at.remove(max(generation.respawn_at))
             count -= 1
-        # those that don't serve yet go first, then those that would be replaced; with each its replacement
+        # the least useful go first, and with one that would be replaced its replacement
         surplus = [worker for worker in staying if worker.replaces is None]
-        surplus.sort(key=lambda worker: (worker.state in m.SERVING, not worker.replace_why, -worker.id))
+        surplus.sort(key=lambda worker: (_usefulness(worker), -worker.id))
         for worker in surplus[: max(0, count - generation.wanted)]:
             for leaving in (replacements.get(worker.id), worker):
                 if leaving is not None:
@@ -631,6 +631,8 @@ class _Machine:
             for generation in self.state.generations.values():
                 generation.respawn_at.clear()
                 for worker in generation.workers.values():
+                    if worker.cause == STOPPING_CAUSE:
+                        stopping.status = stopping.status or 1  # it was to finish, and had not
                     self.kill(generation, worker, "stop at once")
             self.exit_if_empty()
         elif not stopping.begun and event.delay <= 0:
@@ -816,6 +818,12 @@ class _Machine:
             if not any(generation in self.state.generations for generation in old):
                 del self.state.drained_watch[promoted]
                 self.effects.append(m.AllDrained(promoted))
+
+
+def _usefulness(worker: m.Worker) -> int:
+    if worker.state is not WorkerState.ACTIVE:
+        return 1 if worker.state is WorkerState.HUNG else 0
+    return 2 if worker.replace_why else 3
 
 
 STARTING_IDLE = frozenset({WorkerState.BOOTING, WorkerState.READY})

@@ -189,8 +189,9 @@ class Master:
                 self._start_task(self._prepare(generation))
             case model.Spawn(generation, worker, gated, drain_mode):
                 self.workers.spawn((generation, worker), self.snapshots[generation], gated, drain_mode)
-            case model.Command():
-                self.workers.command(effect, [listener.info.name for listener in self._listeners()])
+            case model.Command(generation):
+                names = [listener.info.name for listener in self._listeners()]
+                self.workers.command(effect, names, self.state.generations[generation].target)
             case model.Kill(generation, worker, now):
                 self.workers.kill((generation, worker), now)
             case model.Progress(operations, phase):

@@ -142,13 +142,12 @@ class Workers:
 
     # Calling
 
-    def command(self, effect: model.Command, listeners: Iterable[str]) -> None:
-        """Call a worker; `listeners` are the names of those that the current generation has."""
+    def command(self, effect: model.Command, listeners: Iterable[str], siblings: int) -> None:
+        """Call a worker, one of `siblings`; `listeners` are the names of those that the current generation has."""
         child = self.children.get((effect.generation, effect.worker))
         if child is not None:
-            child.last_call = self._start_task(
-                self._call(effect, child, _target(effect, listeners), child.last_call)
-            )
+            target = _target(effect, listeners, siblings)
+            child.last_call = self._start_task(self._call(effect, child, target, child.last_call))
 
     async def _call(
         self, effect: model.Command, child: Child, target: str, before: asyncio.Task[None] | None
@@ -192,10 +191,10 @@ class Workers:
         self._put(model.WorkerDrained(*key) if drained else model.WorkerBeat(*key))
 
 
-def _target(effect: model.Command, listeners: Iterable[str]) -> str:
+def _target(effect: model.Command, listeners: Iterable[str], siblings: int) -> str:
     match effect.verb:
         case Verb.ACTIVATE:
-            return f"{HOT}/activate"
+            return f"{HOT}/activate?workers={siblings}"
         case Verb.QUIET:
             return f"{HOT}/drain/start?mode=handover&send=0"
         case Verb.HAND_OVER:

@@ -160,11 +160,3 @@ def test_a_subclass_has_no_proof() -> None:
 
     assert proof_for(H11Protocol) is not None
     assert proof_for(Mine) is None
-
-
-def test_what_is_read_of_uvicorn_is_there() -> None:
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-    assert check_contract(HttpToolsProtocol) == []
-    assert check_contract(H11Protocol) == []
