@@ -1,33 +1,37 @@
-# Everything here sets up what it needs: a virtual environment in .venv, and for tests real servers.
+# Everything here sets up what it needs: a virtual environment in .venv, and for tests what they run beside Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: run test bench lint format clean
 
-$(BIN)/segue: pyproject.toml
+$(BIN)/python:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || sh tests/setup.sh python3-venv
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable .
+
+$(BIN)/segue: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(BIN)/segue
-	$(BIN)/pip install --quiet --group dev
+$(VENV)/.dev: pyproject.toml | $(BIN)/segue
+	$(BIN)/python -m pip install --quiet --group dev
 	@touch $@
 
-# Serves the built-in application on http://127.0.0.1:8000
+# The built-in application on http://127.0.0.1:8000
 run: $(BIN)/segue
-	@echo "segue serves http://127.0.0.1:8000 - in another terminal: $(BIN)/segue reload"
-	$(BIN)/segue serve $(ARGS)
+	@echo "segue serves http://127.0.0.1:8000; in another terminal, reload it: $(BIN)/segue reload"
+	@exec $(BIN)/segue serve $(ARGS)
 
-test: $(VENV)/.dev
+test: $(BIN)/segue $(VENV)/.dev
+	@sh tests/setup.sh curl util-linux
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.dev
-	sh bench/setup.sh
+bench: $(BIN)/segue $(VENV)/.dev
+	@sh tests/setup.sh wrk
 	$(BIN)/python -m bench $(ARGS)
 
-lint: $(VENV)/.dev
+lint: $(BIN)/segue $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import BrokenRun, Judged, Measured, judge, write_table
+from bench.processes import machine_busy
 from bench.servers import workshop
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -29,6 +30,7 @@ NAMES = {
     "idle": "10,000 idle connections over a reload",
     "reloads": "ten reloads under load, as root and unprivileged, with 1 and 2 workers, and uvicorn's",
 }
+BUSY_FOR_S = 1.0
 FAILED, NOT_MEASURED = 1, 3
 
 
@@ -36,13 +38,16 @@ def main() -> int:
     args = _arguments()
     names = args.names or list(NAMES)
     tables: dict[str, list[Judged]] = {}
+    busy: dict[str, list[str]] = {}
     begun = time.time()
     with workshop(args.quick, _say) as bench:
         for name in names:
             module = importlib.import_module(f"bench.{name}")
             runs: list[Measured] = []
+            others: list[str] = []
             for number in range(args.runs):
                 _say(f"{name}: run {number + 1} of {args.runs}")
+                others.append(f"{machine_busy(BUSY_FOR_S):.0%}")
                 try:
                     runs.append(module.measure(bench))
                 except Exception as error:
@@ -53,7 +58,9 @@ def main() -> int:
             tables[name] = judge(module.FIGURES, runs)
             print(f"\n{name}: {NAMES[name]}")
             write_table(tables[name], print)
-    path = _write(tables, args, begun)
+            print(f"before each run the machine was busy with other things to {' '.join(others)}")
+            busy[name] = others
+    path = _write(tables, busy, bench.details, args, begun)
     verdicts = [line.verdict for lines in tables.values() for line in lines]
     failed, missing = verdicts.count("FAILS"), verdicts.count("not measured")
     print(f"\n{verdicts.count('ok')} hold, {failed} fail, {missing} not measured; {path}")
@@ -83,7 +90,13 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _write(tables: dict[str, list[Judged]], args: argparse.Namespace, begun: float) -> Path:
+def _write(
+    tables: dict[str, list[Judged]],
+    busy: dict[str, list[str]],
+    details: list[dict[str, Any]],
+    args: argparse.Namespace,
+    begun: float,
+) -> Path:
     RESULTS.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(begun))
     path = RESULTS / f"{stamp}.json"
@@ -92,9 +105,11 @@ def _write(tables: dict[str, list[Judged]], args: argparse.Namespace, begun: flo
         "seconds": round(time.time() - begun, 1),
         "quick": args.quick,
         "machine": _machine(),
+        "busy_before_each_run": busy,
         "figures": {
             name: {line.figure.key: line.document() for line in lines} for name, lines in tables.items()
         },
+        "details": details,
     }
     path.write_text(json.dumps(document, indent=1))
     latest = RESULTS / "latest.json"

@@ -81,6 +81,21 @@ def kill_marked(mark: str) -> list[int]:
     return left
 
 
+def machine_busy(seconds: float) -> float:
+    """The share of all processors that was in use for that long, from 0 to 1."""
+    before = _processors()
+    time.sleep(seconds)
+    after = _processors()
+    idle, total = after[0] - before[0], after[1] - before[1]
+    return 1 - idle / total if total else 0.0
+
+
+def _processors() -> tuple[int, int]:
+    """Ticks idle, ticks in all."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+    return fields[3] + fields[4], sum(fields)
+
+
 def _all_pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 

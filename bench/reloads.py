@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from typing import Any
 
-from bench.figures import Figure, Measured
+from bench.figures import BrokenRun, Figure, Measured
 from bench.processes import children
-from bench.servers import UNPRIVILEGED_USER, Bench, Segue, load, segue, uvicorn, wait_for
+from bench.servers import UNPRIVILEGED_USER, Bench, Segue, ServerError, load, segue, uvicorn
 from bench.users import NoInterpreterError
 
 START_S = 1.0
@@ -72,26 +73,33 @@ def measure(bench: Bench) -> Measured:
     measured: Measured = {}
     for case, (user, workers) in CASES.items():
         bench.say(f"reloads: {case}")
+        found: Measured | str
         if user is None and os.geteuid() != 0:
-            found: Measured | str = "the bench does not run as root"
+            found = "the bench does not run as root"
         else:
-            found = _case(bench, user if os.geteuid() == 0 else None, workers)
+            try:
+                found = _case(bench, user if os.geteuid() == 0 else None, workers)
+            except NoInterpreterError as error:
+                found = str(error)
+            except Exception as error:
+                traceback.print_exc()
+                found = BrokenRun(f"the run broke down: {type(error).__name__}: {error}".splitlines()[0])
         keys = [figure.key for figure in FIGURES if figure.key.startswith(f"{case}-")]
         measured |= {
             key: found if isinstance(found, str) else found[key.removeprefix(f"{case}-")] for key in keys
         }
     bench.say("reloads: uvicorn")
-    return measured | _beside(bench)
-
-
-def _case(bench: Bench, user: str | None, workers: int) -> Measured | str:
-    reloads, quiet_s = _length(bench)
     try:
-        running = segue(bench, workers=workers, start_s=START_S, user=user)
-    except NoInterpreterError as error:
-        return str(error)
+        return measured | _beside(bench)
+    except ServerError as error:  # what the other does is no reason to lose our own figures
+        reason = str(error).splitlines()[0]
+        return measured | dict.fromkeys(("uvicorn-failed", "uvicorn-p99", "uvicorn-given-up"), reason)
+
+
+def _case(bench: Bench, user: str | None, workers: int) -> Measured:
+    reloads, quiet_s = _length(bench)
     moments: list[tuple[float, list[int]]] = []
-    with running as server:
+    with segue(bench, workers=workers, start_s=START_S, user=user) as server:
         server.first_answer()
         with load(bench, server, LOAD) as clients:
             time.sleep(1)
@@ -107,6 +115,7 @@ def _case(bench: Bench, user: str | None, workers: int) -> Measured | str:
             clients.window("quiet")
             time.sleep(quiet_s)
             result = clients.end()
+    _keep(bench, f"{'unprivileged' if user else 'own user'}, {workers}", result)
     closes = result["server_closes"]
     seen = result["pids"]
     return {
@@ -131,6 +140,21 @@ def _readiness(server: Segue) -> tuple[float, list[int]]:
     return max(server.started(pid) for pid in pids), pids
 
 
+def _keep(bench: Bench, case: str, result: dict[str, Any]) -> None:
+    """What tells where and when, for whoever has to find out why."""
+    keys = (
+        "failures_detail",
+        "fail_log",
+        "server_closes",
+        "longest_gap_ms",
+        "latency_ms",
+        "windows",
+        "client_cpu_frac",
+    )
+    borders = [(event["t_rel"], event["window"]) for event in result["events"]]
+    bench.details.append({"case": case, "borders": borders, **{key: result[key] for key in keys}})
+
+
 def _compared(result: dict[str, Any]) -> dict[str, float]:
     windows = result["windows"]
     quiet, reloading = windows["quiet"]["latency_ms"], windows["reload"]["latency_ms"]
@@ -142,6 +166,7 @@ def _compared(result: dict[str, Any]) -> dict[str, float]:
 
 def _beside(bench: Bench) -> Measured:
     reloads, quiet_s = _length(bench)
+    given_up = 0
     with uvicorn(bench, workers=2, start_s=START_S) as server:
         server.first_answer()
         with load(bench, server, LOAD) as clients:
@@ -152,18 +177,29 @@ def _beside(bench: Bench) -> Measured:
                 before = set(_workers(server.pid))
                 clients.window("reload")
                 server.process.send_signal(signal.SIGHUP)
-                wait_for(
-                    lambda before=before: len(set(_workers(server.pid)) - before) >= 2,  # type: ignore[misc]
-                    60,
-                    0.05,
-                    lambda: f"uvicorn did not replace its workers\n{server.tail()}",
-                )
+                if not _replaced(server.pid, before):
+                    given_up += 1
                 time.sleep(START_S + AFTER_S)
                 clients.window("draining")
             clients.window("quiet")
             time.sleep(quiet_s)
             result = clients.end()
-    return {"uvicorn-failed": result["failed_total"], "uvicorn-p99": _compared(result)["p99"]}
+    _keep(bench, "uvicorn, 2", result)
+    return {
+        "uvicorn-failed": result["failed_total"],
+        "uvicorn-p99": _compared(result)["p99"],
+        "uvicorn-given-up": given_up,
+    }
+
+
+def _replaced(pid: int, before: set[int]) -> bool:
+    """Wait until uvicorn has replaced both workers; it tells nobody when it gives up."""
+    deadline = time.monotonic() + 20
+    while len(set(_workers(pid)) - before) < 2:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _workers(pid: int) -> list[int]:

@@ -43,6 +43,8 @@ class Bench:
     directory: Path
     quick: bool
     say: Callable[[str], None]
+    details: list[dict[str, Any]] = field(default_factory=list)
+    """What explains a figure, for the result's file."""
     _interpreters: dict[str, Interpreter | NoInterpreterError] = field(default_factory=dict)
 
     def interpreter(self, user: str | None) -> Interpreter:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -108,7 +107,10 @@ def _environment(place: Path, base: str, user: str, environ: dict[str, str] | No
     )
     packages = place / "lib" / _MINOR / "site-packages"
     packages.mkdir(parents=True, exist_ok=True)
-    shared = [Path(entry) for entry in site.getsitepackages()] + [ROOT]
+    shared = [
+        ROOT,
+        *(Path(entry) for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}),
+    ]
     if not all(_readable(path, user) for path in shared):
         shared = [_copied(path, place) for path in shared]
     (packages / "bench.pth").write_text("".join(f"{path}\n" for path in shared))

@@ -101,6 +101,16 @@ def reserve(limit: int) -> int:
 
 
 def spare() -> int:
-    """How many connections may be taken in now: what is free without touching the reserve."""
+    """How many connections may be accepted now: what is free without touching the reserve."""
     most = limit()
     return most - in_use() - reserve(most)
+
+
+def spare_to_adopt() -> int:
+    """How many connections may be adopted now.
+
+    Half of the reserve may be used for that: they are open and nobody else may be there to serve them. The other half
+    holds the largest message of a relay (`segue.handoff.relay.max_batch`).
+    """
+    most = limit()
+    return most - in_use() - reserve(most) // 2

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 import msgspec
 
 VERSION = 1
-MAX_BATCH = 200
+MAX_BATCH = 100
 """Descriptors in one message; the kernel's limit is 253 (SCM_MAX_FD)."""
 SCM_MAX_FD = 253
 _MAX_HEADER_BYTES = 16 * 1024
 _ANCILLARY_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
-_SMALL_LIMIT = 4 * SCM_MAX_FD
 
 NO_TIMER = -1
 """In `Header.keep_alive_ms`: no keep-alive timer was armed for this connection."""
@@ -103,21 +102,21 @@ def send(sock: socket.socket, listener: str, fds: Sequence[int], keep_alive_ms: 
     return None
 
 
-def needed_room(sock: socket.socket, limit: int) -> int:
-    """How many descriptors must fit before `receive` may be called.
+def needed_room(sock: socket.socket, spare: int) -> int:
+    """How many descriptors must fit before `receive` may be called, when `spare` do.
 
-    With a small `limit` a whole message's worth might never be free, so there the next message is looked at first.
-    Another reader may take that one meanwhile; the reserve (`descriptors.reserve`) is larger than the difference,
-    since senders keep to `max_batch`.
+    Where the largest possible message fits, it is that; else the next message is looked at first, since a worker with
+    just enough room for its predecessor's connections never has room for many more. Another reader may take that one
+    meanwhile and leave a larger one; what `descriptors.spare_to_adopt` keeps back covers the difference.
     """
-    if limit >= _SMALL_LIMIT:
+    if spare >= SCM_MAX_FD:
         return SCM_MAX_FD
     try:
         # without room for ancillary data the kernel passes no descriptor, and peeking leaves them in place
         data = sock.recv(_MAX_HEADER_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        return max(max_batch(limit), len(_decoder.decode(data).keep_alive_ms))
+        return len(_decoder.decode(data).keep_alive_ms)
     except (OSError, msgspec.MsgspecError):
-        return max_batch(limit)
+        return 0  # nothing to take, or nothing to keep
 
 
 def receive(sock: socket.socket) -> Parcel | None:

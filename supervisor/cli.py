@@ -18,6 +18,7 @@ from segue.supervisor.options import ServeCommand, serve_options
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _STOP_BUDGET_S = 30.0
+MAX_WORKERS = 1024
 
 
 def _fail(message: str, status: Status) -> NoReturn:
@@ -118,11 +119,7 @@ def _config_running(flags: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(running, indent=2))
         return
     here = json.loads(settings.show(_load(flags), as_json=True))
-    for key in sorted(running):
-        value, source = running[key]["value"], running[key]["source"]
-        other = here.get(key, {}).get("value")
-        differs = "" if other == value else f"   (here: {other!r})"
-        click.echo(f"{key:32} {value!r:32} {source}{differs}")
+    click.echo(settings.show_running(running, here))
 
 
 @cli.command(epilog=exits.EPILOG)
@@ -150,7 +147,7 @@ def reload(
 
 @cli.command(epilog=exits.EPILOG)
 @_instance_options
-@click.argument("workers", type=click.IntRange(min=1))
+@click.argument("workers", type=click.IntRange(1, MAX_WORKERS))
 @click.option("--no-wait", is_flag=True, help="Return at once.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
@@ -164,12 +161,12 @@ def scale(
 ) -> None:
     """Run WORKERS workers from now on, until the setting itself is changed."""
     _change(_find(runtime_dir, name), f"{HOT}/scale?workers={workers}", no_wait, timeout, as_json)
-    click.echo(f"{workers} workers serve")
+    click.echo("1 worker serves" if workers == 1 else f"{workers} workers serve")
 
 
 @cli.group()
 def drain() -> None:
-    """The operator's drain: new work is refused or held, and readiness is off."""
+    """The operator's drain: readiness is off, so that balancers send elsewhere; what still comes is answered."""
 
 
 @drain.command("start", epilog=exits.EPILOG)
@@ -197,14 +194,15 @@ def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None
 @click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
 def stop(name: str | None, runtime_dir: str | None, now: bool, timeout: float | None) -> None:
     """Stop the instance; also workers that have lost their master."""
-    from segue.supervisor.client import stop_orphans
+    from segue.supervisor.client import stop_orphans, wait_released
 
     instance = _find(runtime_dir, name)
     if instance.locked_by() is None:
         pids = stop_orphans(instance, 0.0 if now else (timeout or _STOP_BUDGET_S))
-        click.echo(f"stopped {len(pids)} workers that had lost their master")
+        click.echo(f"stopped the workers that had lost their master ({len(pids)})")
         return
     _change(instance, f"{HOT}/stop" + ("?now=1" if now else ""), False, timeout, False)
+    wait_released(instance)
     click.echo("stopped")
 
 
@@ -291,7 +289,15 @@ def _echo_output(output: str) -> None:
 
 def main() -> None:
     """The program's entry point."""
+    _open_missing_streams()
     cli()
+
+
+def _open_missing_streams() -> None:
+    """Keep 0, 1 and 2 from becoming a socket or a file, into which somebody would print."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 if __name__ == "__main__":

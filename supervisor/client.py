@@ -17,6 +17,8 @@ from segue.supervisor.instance import Instance, InstanceError
 READ_TIMEOUT_S = 10.0
 _POLL_S = 20.0
 _KILL_GRACE_S = 10.0
+_RELEASE_S = 5.0
+_LOOK_EVERY_S = 0.01
 
 
 def get(instance: Instance, target: str) -> Response:
@@ -94,6 +96,13 @@ def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
     return list(pidfds)
 
 
+def wait_released(instance: Instance) -> None:
+    """Return when a master that has stopped has given name and addresses back: another can start at once then."""
+    deadline = time.monotonic() + _RELEASE_S
+    while instance.locked_by() is not None and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY_S)
+
+
 def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Response:
     try:
         return asyncio.run(
@@ -106,5 +115,14 @@ def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Res
 
 
 def _who() -> str:
-    user = os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.getuid())
+    user = os.environ.get("SUDO_USER") or _login(os.getuid())
     return f"{user} (pid {os.getpid()})"
+
+
+def _login(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # a container often has users without a name
+        return str(uid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -93,7 +94,10 @@ class Instance:
         Raises `LockedError` that names who is.
         """
         path = os.path.join(self.directory, LOCK)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise InstanceError(f"cannot create {path}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -107,13 +111,16 @@ class Instance:
                 "use 'segue reload' to renew it, 'segue stop' to end it, or another --name"
             ) from None
         os.ftruncate(fd, 0)
-        os.pwrite(fd, msgspec.json.encode(Owner(os.getpid(), binds)), 0)
+        with contextlib.suppress(OSError):  # on a full disk it is a lock without a name
+            os.pwrite(fd, msgspec.json.encode(Owner(os.getpid(), binds)), 0)
         self._lock = fd
 
     def locked_by(self) -> Owner | None:
-        """Who is master now; None if nobody is."""
+        """Who is master now; None if nobody is. Raises `PermissionError` if it isn't ours to know."""
         try:
             fd = os.open(os.path.join(self.directory, LOCK), os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:
+            raise
         except OSError:
             return None
         try:
@@ -151,9 +158,11 @@ def check_private(path: str) -> None:
             f"{path} belongs to user {found.st_uid}: choose another --runtime-dir, or be that user"
         )
     if found.st_mode & 0o022:
+        shared = found.st_mode & stat.S_ISVTX  # meant for all, like /tmp
+        advice = f"'chmod go-w {path}', or choose another --runtime-dir"
         raise InstanceError(
             f"{path} can be written to by others (mode {stat.S_IMODE(found.st_mode):04o}): "
-            f"'chmod go-w {path}', or choose another --runtime-dir"
+            + (f"choose a directory of your own in it, --runtime-dir {path}/NAME" if shared else advice)
         )
 
 
@@ -189,33 +198,39 @@ def search_path(runtime_dir: str | None, environ: Mapping[str, str]) -> list[str
 def find(runtime_dir: str | None, name: str | None, environ: Mapping[str, str]) -> Instance:
     """The one instance that fits: running, or with workers that have lost their master.
 
+    Those of other users are passed over, as long as there is one of our own.
+
     Raises `InstanceError`: none, several (it lists them), or not ours to read (it says who may).
     """
     places = search_path(runtime_dir, environ)
     found: list[Instance] = []
+    running: list[Instance] = []
+    denied: list[str] = []
     for place in places:
         try:
             entries = sorted(os.listdir(place))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError:
-            raise InstanceError(_denied(place)) from None
+            denied.append(place)
+            continue
         for entry in entries:
             if name is not None and entry != name:
                 continue
             instance = Instance(os.path.join(place, entry))
             try:
-                names = os.listdir(instance.directory)
+                if CONTROL in os.listdir(instance.directory) or instance.worker_sockets():
+                    (found if instance.locked_by() is None else running).append(instance)
             except NotADirectoryError:
                 continue
             except PermissionError:
-                raise InstanceError(_denied(instance.directory)) from None
-            if CONTROL in names or instance.worker_sockets():
-                found.append(instance)
-    live = [instance for instance in found if instance.locked_by() is not None] or found
+                denied.append(instance.directory)
+    live = running or found
     if len(live) == 1:
         return live[0]
     wanted = f"instance {name!r}" if name else "instance"
+    if not live and denied:
+        raise InstanceError(_denied(denied[0]))
     if not live:
         raise InstanceError(
             f"no {wanted} of segue runs here (looked in {', '.join(places)}); see --runtime-dir"
@@ -235,4 +250,6 @@ def _denied(path: str) -> str:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:
         user = str(uid)
+    if uid == 0:
+        return f"{path}: permission denied; be root (try: sudo segue …)"
     return f"{path}: permission denied; be user {user} (try: sudo -u {user} segue …) or root"

@@ -14,17 +14,29 @@ from typing import Final
 _ATOMIC_BYTES: Final = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking, pipe(7)
 
 
+_LEVELS: Final = {"trace": 5, "debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+
 class Log:
     """Writes events to a descriptor, never waiting for a reader."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self._fd = sys.stderr.fileno() if fd is None else fd
+        if fd is None:
+            fd = 2 if sys.stderr is None else sys.stderr.fileno()
+        self._fd = fd
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
         self._dropped = 0
+        self._least = _LEVELS["info"]
+
+    def set_level(self, level: str | None) -> None:
+        """Write only events of at least `level` from now on; None: info."""
+        self._least = _LEVELS[level or "info"]
 
     def __call__(self, level: str, event: str, **fields: object) -> None:
         """Log `event`. Several lines in ``output`` follow it, indented."""
+        if _LEVELS[level] < self._least:
+            return
         output = str(fields.pop("output", "") or "")
         words = [f"{key}={_quoted(value)}" for key, value in fields.items() if value is not None]
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -35,6 +35,7 @@ START = "start"
 FLUSH_S = 1.0
 """How long an exiting master waits for its last answers to be sent."""
 _EXTEND_S = 30.0
+_ENDING = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU}
 _THREADS = 2
 """For reading files and looking up names: one may hang on a dead file system."""
 
@@ -133,6 +134,8 @@ class Master:
             await asyncio.wait(answering, timeout=FLUSH_S)
 
     def _close(self) -> None:
+        # the outcome is settled: a signal that comes while the interpreter ends must not give another exit status
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         self._listening.close()
         self.workers.close()
         self.instance.release()
@@ -233,6 +236,9 @@ class Master:
         except (config.SettingsError, OSError, ValueError) as error:
             self.put(model.PrepareFailed(generation, str(error)))
             return
+        except (RuntimeError, MemoryError) as error:  # the system refuses a thread, or memory
+            self.put(model.PrepareFailed(generation, f"{type(error).__name__}: {error}"))
+            return
         if generation not in self.state.generations:
             return
         try:
@@ -303,6 +309,7 @@ class Master:
     def _promoted(self, generation: int, previous: int | None) -> None:
         taken = self.snapshots[generation]
         self.token = taken.token
+        self.log.set_level(taken.settings.uvicorn.get("log_level"))
         for listener in taken.listeners if previous is None else ():
             self.log("info", "listening", address=listener.info.address)
         self.log("info", "promoted", generation=generation, previous=previous, fingerprint=taken.fingerprint)

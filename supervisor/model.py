@@ -383,9 +383,7 @@ class Prepare(msgspec.Struct, frozen=True):
 
 
 class Spawn(msgspec.Struct, frozen=True):
-    """Start a worker. `gated`: only if the code is still the generation's, else answer `CodeChanged`; and only if the
-    worker is still `BOOTING` once that is known, else answer `WorkerExited`: there was nothing yet to signal.
-    """
+    """Start a worker. `gated`: only if the code is still the generation's, else answer `CodeChanged`."""
 
     generation: int
     worker: int
@@ -417,7 +415,7 @@ class Command(msgspec.Struct, frozen=True):
 
 
 class Kill(msgspec.Struct, frozen=True):
-    """Signal a worker: SIGTERM, or with `now` SIGKILL to it and its children."""
+    """Signal a worker: SIGTERM, or with `now` SIGKILL to it and its children. A gated one may have no process yet."""
 
     generation: int
     worker: int

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Coroutine, Mapping, MutableMapping
 from typing import Any
 
+from segue.handoff.descriptors import raise_limit
 from segue.handoff.listeners import BindError, open_listeners
 from segue.supervisor import settings as config
 from segue.supervisor.control import Control
@@ -41,9 +41,23 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
         refuse_orphans(instance)
     except InstanceError as error:
         raise StartError(str(error), Status.INSTANCE) from error
-    raise_descriptor_limit()
+    raise_limit()  # connections in flight in the relay count against it, too
     os.chdir("/")  # paths were made absolute; no directory is kept from being unmounted or replaced
-    return asyncio.run(_run(instance, flags, environ, base_dir, settings))
+    return _run_to_end(_run(instance, flags, environ, base_dir, settings))
+
+
+def _run_to_end(main: Coroutine[Any, Any, int]) -> int:
+    """`asyncio.run` without its wait for threads: it starts one to wait in, which a full system may refuse."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left))
+        loop.close()
 
 
 async def _run(
@@ -53,9 +67,12 @@ async def _run(
     base_dir: str,
     settings: config.Settings,
 ) -> int:
-    master = Master(instance, flags, environ, base_dir)
-    control = Control(master)
-    await control.listen()
+    try:
+        master = Master(instance, flags, environ, base_dir)
+        control = Control(master)
+        await control.listen()
+    except OSError as error:
+        raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
     if settings.admin is not None:
         try:
             for listener in open_listeners(settings.admin, 64):
@@ -87,9 +104,3 @@ def refuse_orphans(instance: Instance) -> None:
             f"{len(alive)} workers of instance {instance.name!r} still serve, but their master has died "
             f"({instance.directory}): 'segue stop --name {instance.name}' ends them, 'segue status' shows them"
         )
-
-
-def raise_descriptor_limit() -> None:
-    """Take all descriptors that this user may have: connections in flight in the relay count against it, too."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

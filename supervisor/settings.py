@@ -34,6 +34,7 @@ __all__ = [
     "read_token",
     "restart_only",
     "show",
+    "show_running",
 ]
 
 MIN_TOKEN_LENGTH = 16
@@ -201,6 +202,30 @@ def show(effective: Effective, as_json: bool) -> str:
     if as_json:
         document = {key: {"value": value, "source": source} for key, (value, source) in sorted(rows.items())}
         return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    return _table(rows)
+
+
+def show_running(running: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What runs, and after it what a command given `here` would have instead. Both are JSON documents of `show`.
+
+    What the running master was given as a flag stays over a reload, so that only another flag differs from it.
+    """
+    rows = {}
+    for key, shown in running.items():
+        source = shown["source"]
+        other = here.get(key, shown)
+        given = _is_flag(other["source"]) or not _is_flag(source)
+        if given and other["value"] != shown["value"]:
+            source += f"   (here: {_readable(key, other['value'])})"
+        rows[key] = (shown["value"], source)
+    return _table(rows)
+
+
+def _is_flag(source: str) -> bool:
+    return source.startswith(("flag ", "argument "))
+
+
+def _table(rows: Mapping[str, tuple[Any, str]]) -> str:
     order = ["config", *(setting.key for setting in TABLE if setting.key in rows)]
     cells = [("KEY", "VALUE", "FROM")] + [(key, _readable(key, rows[key][0]), rows[key][1]) for key in order]
     widths = [min(max(len(row[column]) for row in cells), _WIDEST) for column in (0, 1)]

@@ -32,6 +32,10 @@ _ANSWERS: dict[Verb, type[model.WorkerEvent]] = {
 }
 
 
+_DEATH_FOLLOWS_S = 0.5
+"""How long after a broken call its process is given to be seen to have ended."""
+
+
 class Child:
     """A worker process, and the calls to it, which are made one after the other."""
 
@@ -42,6 +46,7 @@ class Child:
         """A respawn: it takes part only if its code is still its generation's."""
         self.failure = ""
         self.is_ready = False
+        self.ended = asyncio.Event()
         self.last_call: asyncio.Task[None] | None = None
 
 
@@ -57,6 +62,8 @@ class Workers:
         start_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self.children: dict[Key, Child] = {}
+        self._starting: dict[Key, asyncio.Task[None]] = {}
+        """Respawns whose code is being compared; they have no process yet."""
         self._instance = instance
         self._environ = environ
         self._log = log
@@ -82,20 +89,25 @@ class Workers:
     def spawn(self, key: Key, taken: Snapshot, gated: bool, drain_mode: str | None) -> None:
         """Start a worker of the generation that `taken` is; gated, only if the code is still the same."""
         if gated:
-            self._start_task(self._spawn_if_same(key, taken, drain_mode))
+            self._starting[key] = self._start_task(self._spawn_if_same(key, taken, drain_mode))
         else:
             self._spawn(key, taken, gated, drain_mode)
 
     async def _spawn_if_same(self, key: Key, taken: Snapshot, drain_mode: str | None) -> None:
-        if await self._same_code(key, taken):
+        same = await self._same_code(key, taken)
+        del self._starting[key]
+        if same:
             self._spawn(key, taken, True, drain_mode)
 
     async def _same_code(self, key: Key, taken: Snapshot) -> bool:
-        now = await asyncio.to_thread(taken.fingerprint_now)
-        if now != taken.fingerprint:
+        try:
+            same = await asyncio.to_thread(taken.fingerprint_now) == taken.fingerprint
             what = f"the code in {taken.app_dir} is no longer that of generation {key[0]}"
+        except OSError as error:
+            same, what = False, f"the code in {taken.app_dir} can't be read: {error}"
+        if not same:
             self._put(model.CodeChanged(*key, what))
-        return now == taken.fingerprint
+        return same
 
     def _spawn(self, key: Key, taken: Snapshot, gated: bool, drain_mode: str | None) -> None:
         spec = taken.spec(self._instance, *key, drain_mode)
@@ -122,7 +134,10 @@ class Workers:
     def kill(self, key: Key, now: bool) -> None:
         """Ask a worker to end, or end it with its children."""
         child = self.children.get(key)
-        if child is not None and now:
+        if key in self._starting:
+            self._starting.pop(key).cancel()
+            self._put(model.WorkerExited(*key, reason="was no longer wanted before it was started"))
+        elif child is not None and now:
             child.process.kill()
         elif child is not None:
             child.process.terminate()
@@ -130,6 +145,7 @@ class Workers:
     def _on_exit(self, key: Key) -> None:
         self.read_notifications()  # its last words come before its death
         child = self.children.pop(key)
+        child.ended.set()
         process = child.process
         self._loop.remove_reader(process.pidfd)
         status = process.reap()
@@ -161,6 +177,10 @@ class Workers:
                 error = _detail(answer)
         except CallError as failure:
             error = str(failure)
+            # a process that dies closes its sockets first: its death, which says more, goes before the broken call
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DEATH_FOLLOWS_S):
+                    await child.ended.wait()
         self._put(_ANSWERS[effect.verb](effect.generation, effect.worker, error))  # type: ignore[call-arg]
 
     # Listening

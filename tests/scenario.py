@@ -119,7 +119,9 @@ class Segue:
         bind: bool = True,
         nofile: int | None = None,
         stdout: int | None = None,
+        prefix: tuple[str, ...] = (),
     ) -> None:
+        """`prefix` is a command that runs the command given to it (`prlimit --nproc=1`)."""
         self.runtime_dir = runtime_dir or tempfile.mkdtemp(prefix="segue-t-")
         self.name = name
         interpreter = interpreter or own()
@@ -140,6 +142,7 @@ class Segue:
 
         if nofile is not None:
             command = ["prlimit", f"--nofile={nofile}", *command]
+        command = [*prefix, *command]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,

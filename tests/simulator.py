@@ -23,6 +23,7 @@ from segue.supervisor.model import GenerationState, Verb, WorkerState
 
 LIMITS = m.Limits(ready_timeout=20.0, drain_timeout=60.0, stop_timeout=10.0, heartbeat_timeout=9.0)
 BOOT_S = 1.0
+BOOT_SPREAD_S = 0.1
 BEAT_S = 3.0
 REPEAT_S = 1.0
 LATENCY_S = 0.01
@@ -34,7 +35,16 @@ STEPS_AT_ONCE = 2000
 
 Key = tuple[int, int]
 
-CODES = ("good", "slow", "exits", "hangs", "dies when ready", "refuses activation", "silent on activation")
+CODES = (
+    "good",
+    "slow",
+    "exits",
+    "hangs",
+    "dies when ready",
+    "refuses activation",
+    "one refuses activation",
+    "silent on activation",
+)
 WEATHERS = (
     "spawns fail",
     "boots fail",
@@ -106,6 +116,8 @@ class World:
         self.settings = "good"
         self.workers_setting = workers
         self.deadlines_first = False
+        self.death_s = LATENCY_S
+        """How long a killed process takes to end: one that waits for a disk takes its time."""
         self.releases: dict[int, tuple[int, str, int]] = {}
         """Generation → the code, its behaviour and the workers setting that it was started from."""
         self.answers: dict[int, m.Settle] = {}
@@ -135,7 +147,7 @@ class World:
 
     def reload(self) -> int:
         """Ask for a reload; returns the operation."""
-        return self._ask(lambda number: m.ReloadAsked(number))
+        return self._ask(m.ReloadAsked)
 
     def scale(self, count: int) -> int:
         return self._ask(lambda number: m.ScaleAsked(number, count=count))
@@ -389,18 +401,12 @@ class World:
         self._at(50.0 if settings == "late" else 0.02, done)
 
     def _gate(self, effect: m.Spawn) -> None:
-        """A respawn starts only if it is still wanted, and its code is still there."""
-        key = (effect.generation, effect.worker)
-        generation = self.state.generations.get(effect.generation)
-        worker = generation.workers.get(effect.worker) if generation else None
-        if self.releases[effect.generation][0] != self.code:
-            self._tell(m.CodeChanged(*key, "the code has changed"))
-        elif worker is None or worker.state is not WorkerState.BOOTING:
-            self._tell(m.WorkerExited(*key, "was no longer wanted"))
-        else:
+        """A respawn starts only if its code is still there."""
+        if self.releases[effect.generation][0] == self.code:
             self._spawn(effect)
-            return
-        self.ended[key] += 1
+        else:
+            self.ended[effect.generation, effect.worker] += 1
+            self._tell(m.CodeChanged(effect.generation, effect.worker, "the code has changed"))
 
     def _spawn(self, effect: m.Spawn) -> None:
         key = (effect.generation, effect.worker)
@@ -455,7 +461,7 @@ class World:
         if process is None or not process.alive:
             return
         if now:
-            self._at(LATENCY_S, lambda: self._die(process, -9, "was killed"))
+            self._at(self.death_s, lambda: self._die(process, -9, "was killed"))
         elif "stubborn" not in self.weather:
             if process.mode == "booting":
                 self._at(0.1, lambda: self._die(process, -15, "was ended by SIGTERM"))
@@ -480,7 +486,7 @@ class World:
             self._tell(event)
 
     def _boot(self, process: Process) -> None:
-        boot_s = 6.0 if process.behaviour == "slow" else BOOT_S
+        boot_s = (6.0 if process.behaviour == "slow" else BOOT_S) + BOOT_SPREAD_S * (process.key[1] % 4)
         self._at(0.05, lambda: self._say(process, m.WorkerPhased(*process.key, "import")))
         self._at(
             boot_s / 2,
@@ -496,7 +502,7 @@ class World:
         elif process.behaviour != "hangs":
             self._at(boot_s, lambda: self._act(process, lambda: self._become_ready(process)))
             if process.behaviour == "dies when ready":
-                self._at(boot_s + 0.03, lambda: self._die(process, 1, "exited with 1"))
+                self._at(boot_s + LATENCY_S / 2, lambda: self._die(process, 1, "exited with 1"))
 
     def _become_ready(self, process: Process) -> None:
         if process.mode != "booting":
@@ -512,16 +518,13 @@ class World:
         """Its state, again and again: more often while nothing shows that it was heard."""
         if not process.alive:
             return
-        if process.mode == "ready":
-            if not process.ready_seen and "datagrams lost" not in self.weather:
-                process.ready_seen = True
-                if process.gated:
-                    self._at(
-                        SLOW_GATE_S if "slow disk" in self.weather else GATE_S,
-                        lambda: self._ready_if_same(process),
-                    )
-                else:
-                    self._say(process, m.WorkerReady(*process.key))
+        if process.mode == "ready" and not process.ready_seen and "datagrams lost" not in self.weather:
+            process.ready_seen = True
+            if process.gated:
+                gate_s = SLOW_GATE_S if "slow disk" in self.weather else GATE_S
+                self._at(gate_s, lambda: self._ready_if_same(process))
+            else:
+                self._say(process, m.WorkerReady(*process.key))
         if process.wants_recycling:
             self._say(process, m.WorkerAsks(*process.key, "limit_max_requests"))
         drained = process.mode == "drained"
@@ -548,7 +551,9 @@ class World:
             return f"it is {process.mode}"
         match command.verb:
             case Verb.ACTIVATE:
-                if process.behaviour == "refuses activation":
+                if process.behaviour == "refuses activation" or (
+                    process.behaviour == "one refuses activation" and process.key[1] == 1
+                ):
                     return "no listener"
                 if process.behaviour == "silent on activation":
                     return None
@@ -595,7 +600,7 @@ class World:
         self.ended[process.key] += 1
         if process.call is not None:
             self._answer(process, process.call, "connection closed")
-        if process.stopped_by_master and status != 0 and self.state.stopping and self.state.stopping.begun:
+        if process.stopped_by_master and status != 0 and process.work_s > 0 and self.state.ending:
             self.cut_at_stop = True
         self._tell(m.WorkerExited(*process.key, reason, output, status))
         for call in process.calls:
@@ -622,7 +627,9 @@ class World:
         elif isinstance(asked, m.ScaleAsked):
             assert self.state.current is not None
             current = self.state.generations[self.state.current]
-            if not any(isinstance(each, m.Say) and each.fields.get("before") == asked.count for each in effects):
+            if not any(
+                isinstance(each, m.Say) and each.fields.get("before") == asked.count for each in effects
+            ):
                 serving = current.having(m.SERVING)
                 assert current.target == len(serving) == asked.count, f"not done: {asked}; {self.describe()}"
             assert not current.missing
@@ -694,7 +701,7 @@ class World:
         assert not self.state.queued
         assert self.state.scaling is None
         assert not self.state.drained_watch
-        assert current.missing == 0 or self.releases[current.id][0] != self.code
+        assert current.missing == 0
 
     def end(self) -> None:
         """Stop it; everything ends and everybody is answered."""
@@ -702,7 +709,8 @@ class World:
             self.stop()
         limit = self.now + 200.0
         while self.exit is None:
-            assert self._upcoming() is not None and self.now < limit, f"it does not end; {self.describe()}"
+            assert self._upcoming() is not None, f"it has stopped before its end; {self.describe()}"
+            assert self.now < limit, f"it does not end; {self.describe()}"
             self.advance()
 
 
@@ -720,7 +728,9 @@ class Checks:
         for check in (
             self.transitions,
             self.one_generation_is_active,
+            self.spawns,
             self.commands,
+            self.kills,
             self.never_zero_serving,
             self.numbers,
             self.ways_on,
@@ -755,6 +765,24 @@ class Checks:
             ):
                 self.fail(f"generation {generation.id} has ended and is not retired")
 
+    def spawns(self) -> None:
+        """Only for the current generation, and for the one that is to follow."""
+        change = self.after.change
+        for effect in self.effects:
+            following = (
+                change is not None and isinstance(effect, m.Spawn) and change.generation == effect.generation
+            )
+            if isinstance(effect, m.Spawn) and effect.generation != self.after.current and not following:
+                self.fail("a worker is started for a generation that ends")
+
+    def kills(self) -> None:
+        """SIGTERM is for those that never served, or that did not take a stop."""
+        for effect in self.effects:
+            if isinstance(effect, m.Kill) and not effect.now:
+                worker = self.before.generations[effect.generation].workers[effect.worker]
+                if worker.state not in {WorkerState.BOOTING, WorkerState.READY, WorkerState.STOPPING}:
+                    self.fail("a worker that may have accepted connections is ended without handing over")
+
     def commands(self) -> None:
         current, change = self.after.current, self.after.change
         for effect in self.effects:
@@ -763,6 +791,8 @@ class Checks:
             generation = self.after.generations[effect.generation]
             match effect.verb:
                 case Verb.ACTIVATE:
+                    if self.world.processes[generation.id, effect.worker].mode == "booting":
+                        self.fail("a worker is activated before it is ready")
                     staged = change is not None and change.generation == generation.id
                     if generation.id != current and not (
                         staged and generation.state is GenerationState.STAGED
@@ -775,11 +805,8 @@ class Checks:
                         generation.state is GenerationState.DRAINING and generation.id in self.world.promoted
                     )
                     if generation.id == current:
-                        if not [
-                            w
-                            for w in generation.having(frozenset({WorkerState.ACTIVE}))
-                            if w.id != effect.worker
-                        ]:
+                        active = frozenset({WorkerState.ACTIVE})
+                        if generation.id not in self.world.harmed and not generation.having(active):
                             self.fail("the last worker is told to be quiet")
                     elif not replaced and generation.state is not GenerationState.FAILED:
                         self.fail("an old worker is told to be quiet before the promote")
@@ -798,12 +825,9 @@ class Checks:
         had = self.before.generations[self.before.current].having(active)
         assert self.after.current is not None
         has = self.after.generations[self.after.current].having(active)
-        if had and not has and not isinstance(self.event, m.WorkerExited):
-            hung = [
-                w for w in self.after.generations[self.after.current].having(frozenset({WorkerState.HUNG}))
-            ]
-            if not hung:
-                self.fail("the last worker that serves was taken away")
+        hung = self.after.generations[self.after.current].having(frozenset({WorkerState.HUNG}))
+        if had and not has and not hung and not isinstance(self.event, m.WorkerExited):
+            self.fail("the last worker that serves was taken away")
 
     def numbers(self) -> None:
         if self.after.current is None or (self.after.stopping and self.after.stopping.begun):
@@ -822,14 +846,9 @@ class Checks:
         ]
         if count < generation.wanted and not going:
             self.fail(f"{count} workers, though {generation.wanted} are wanted, and nothing will change it")
-        if (
-            generation.wanted <= 0
-            and not staying
-            and self.after.recover_at is None
-            and self.after.change is None
-        ):
-            if self.after.stopping is None:
-                self.fail("nothing is left, and nothing will be tried")
+        trying = self.after.recover_at is not None or self.after.change is not None
+        if generation.wanted <= 0 and not staying and not trying and self.after.stopping is None:
+            self.fail("nothing is left, and nothing will be tried")
 
     def ways_on(self) -> None:
         """Whoever isn't where it may stay has a deadline, or something to wait for that has one."""
@@ -852,8 +871,6 @@ class Checks:
                         on = worker.deadline is not None or replacing or state.stopping is not None
                     case WorkerState.QUIET:
                         on = bool(generation.having(frozenset({WorkerState.QUIETING})))
-                    case WorkerState.KILLED:
-                        on = True
                     case _:
                         on = worker.deadline is not None
                 if not on:

@@ -115,7 +115,9 @@ def test_a_fastapi_application_is_reloaded_around_everything_it_does(tmp_path) -
             assert json.loads(client.get("/order?seconds=1.5", method="POST")[2]) == {"version": "1"}
             write(directory, "2")
             master.reload()
-            assert client.json("/")["version"] == "2"
+            master.wait_status(
+                lambda _: client.json("/")["version"] == "2"
+            )  # it moves once it is served there
             socket.send("b")
             assert socket.recv() == "1 b draining=True"
             assert stream.read().endswith(b"1 39\n")

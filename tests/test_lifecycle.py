@@ -19,9 +19,10 @@ from segue.supervisor import model as m
 from segue.supervisor.model import WorkerState
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("ci", derandomize=True, max_examples=120, stateful_step_count=40, **_COMMON)
+settings.register_profile("ci", derandomize=True, max_examples=200, stateful_step_count=40, **_COMMON)
 settings.register_profile("deep", max_examples=20_000, stateful_step_count=60, print_blob=True, **_COMMON)
-PROFILE = settings.get_profile("deep" if os.environ.get("SEGUE_DEEP") else "ci")
+DEEP = bool(os.environ.get("SEGUE_DEEP"))
+PROFILE = settings.get_profile("deep" if DEEP else "ci")
 
 picks = st.integers(min_value=0, max_value=5)
 
@@ -149,8 +150,9 @@ class AnyOrder(RuleBasedStateMachine):
         if world.state.stopping is None:
             world.heal()
             if world.exit is None:
-                if not world.promoted or world.state.generations[world.state.current or 0].missing:
-                    world.reload()
+                current = world.state.generations.get(world.state.current or 0)
+                if current is None or current.missing or world.releases[current.id][0] != world.code:
+                    world.reload()  # what is offered to an operator whose code has changed in place
                     world.run(200.0)
                 world.check_settled()
         world.end()
@@ -158,6 +160,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = PROFILE
+TestAnyOrder.pytestmark = [pytest.mark.timeout(7200 if DEEP else 120)]
 
 
 def events_about_workers() -> list[type[m.WorkerEvent]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from segue.handoff import relay
+from segue.handoff import descriptors, relay
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -92,13 +92,20 @@ def test_a_relay_without_another_end_says_so(pipe: tuple[int, int]) -> None:
             relay.receive(read)
 
 
-def test_the_room_for_a_small_limit_is_that_of_the_next_message(pair: Pair, pipe: tuple[int, int]) -> None:
+def test_where_little_room_is_left_what_is_needed_is_that_of_the_next_message(
+    pair: Pair, pipe: tuple[int, int]
+) -> None:
     write, read = pair
-    assert relay.needed_room(read, 20_000) == relay.SCM_MAX_FD
-    assert relay.needed_room(read, 256) == relay.max_batch(256) == 16
+    assert relay.needed_room(read, 1000) == relay.SCM_MAX_FD
+    assert relay.needed_room(read, 10) == 0
     assert relay.send(write, "web", [pipe[0]] * 40, [0] * 40) is None
-    assert relay.needed_room(read, 256) == 40
+    assert relay.needed_room(read, 10) == relay.needed_room(read, 41) == 40
     parcel = relay.receive(read)
     assert parcel is not None
     assert len(parcel.fds) == 40
     relay.close_all(parcel.fds)
+
+
+@pytest.mark.parametrize("limit", [64, 256, 1000, 1024, 2047, 4096, 20_000, 1 << 20])
+def test_what_is_kept_back_from_adopting_holds_a_whole_message(limit: int) -> None:
+    assert relay.max_batch(limit) <= max(1, descriptors.reserve(limit) // 2)

@@ -40,7 +40,7 @@ def main() -> int:
     # Ctrl-C at the master's terminal, or `kill -INT` at its whole group, is the master's to deal with. A handler that
     # does nothing isn't passed on to the application's own child processes, as SIG_IGN would be.
     signal.signal(signal.SIGINT, lambda *_: None)
-    output = BootOutput(fds[FdName.STDOUT], fds[FdName.STDERR])
+    os.register_at_fork(after_in_child=_forget_signals)
     telling = Telling(spec.notify_socket, spec.heartbeat_s)
 
     async def ready() -> None:
@@ -50,7 +50,10 @@ def main() -> int:
     from segue.worker.lifespan import StartFailed
 
     try:
+        output = BootOutput(fds[FdName.STDOUT], fds[FdName.STDERR])
         telling.phase(WorkerPhase.IMPORT)
+        # before the application's directory is looked in: a file in it may be called like a package that we need
+        importlib.import_module("segue.worker.worker")
         sys.path.insert(0, spec.app_dir)
         return _run(spec, fds, telling, ready, output.on_terminal)
     except StartFailed as failed:
@@ -67,6 +70,13 @@ def main() -> int:
     # a thread that the application's import has left behind must not keep the process
     faulthandler.dump_traceback_later(_MAX_EXIT_S, exit=True, file=2)
     return _EXIT_FAILED_START
+
+
+def _forget_signals() -> None:
+    """In a child that the application forks: a SIGTERM for it ends it, instead of telling this worker's loop to stop."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _read_spec(fds: Mapping[str, int]) -> WorkerSpec:
@@ -106,7 +116,9 @@ def _configure(app: str, options: dict[str, Any]) -> Any:
     import uvicorn
 
     # uvicorn reads the application's name only to log it; what is imported is what is given it below
-    config = _explained("the configuration can't be used", lambda: uvicorn.Config(app, **options))
+    log_config = options.get("log_config")
+    culprit = f"log-config {log_config}" if log_config else "the configuration"
+    config = _explained(f"{culprit} can't be used", lambda: uvicorn.Config(app, **options))
     _log_like_uvicorn()
     module = app.partition(":")[0]
     config.app = _explained(f"import of {module} failed", lambda: _import(app))

@@ -14,7 +14,16 @@ from collections.abc import Callable
 
 from segue.worker.handover import Handover
 from segue.worker.intake import Intake
-from segue.worker.uvicorn_internals import Http, Protocol, close, is_busy, shut_down
+from segue.worker.uvicorn_internals import (
+    Http,
+    Protocol,
+    close,
+    go_away,
+    is_busy,
+    is_multiplexed,
+    is_unsent,
+    shut_down,
+)
 
 _log = logging.getLogger("segue.worker")
 
@@ -24,6 +33,8 @@ _EAGER_FOR_S = 2.0
 _WEBSOCKETS_SPREAD_S = 3.0
 _CLOSES_PER_TURN = 50
 _LINGER_S = 3.0
+_NOTICE_S = 1.0
+"""How long requests may be on their way when HTTP/2's GOAWAY is sent; they are still answered."""
 _SETTLE_S = 1.0
 """How long cancelled tasks have to end, and closed connections to be written out."""
 
@@ -45,7 +56,10 @@ class Drain:
         self._idle_grace_s = idle_grace_s
         self._told: dict[Protocol, float] = {}
         """Connections that can't move, and when they are closed if they are silent still."""
-        self._multiplexed: set[Protocol] = set()
+        self._multiplexed: dict[Protocol, float] = {}
+        """HTTP/2 connections, and when they get GOAWAY though streams are open: some clients drop those then."""
+        self._leaving: dict[Protocol, float] = {}
+        """Those with GOAWAY, and from when on they are closed in the first moment without an open stream."""
         self._task: asyncio.Task[None] | None = None
         self.handover = Handover(http, relay_write, loop, self.tell)
         self.closed = 0
@@ -73,13 +87,15 @@ class Drain:
             self._http.retract_close(protocol)
         self._told.clear()
         self._multiplexed.clear()
+        self._leaving.clear()
 
     def tell(self, protocol: Protocol) -> None:
         """Let this connection know that it should leave."""
         if protocol in self._told or self._http.is_websocket(protocol):
             return
-        if hasattr(protocol, "shutdown_requested"):  # HTTP/2 has GOAWAY; sent when no stream is open
-            self._multiplexed.add(protocol)
+        if is_multiplexed(protocol):
+            if protocol not in self._leaving:
+                self._multiplexed.setdefault(protocol, self._loop.time() + self._idle_grace_s)
             return
         self._told[protocol] = self._loop.time() + self._idle_grace_s
         self._http.announce_close(protocol)
@@ -104,20 +120,30 @@ class Drain:
         drained()
 
     async def _close_silent(self, now: float) -> None:
-        """Close what has been told, its grace over, and what has HTTP/2 and no open stream."""
+        """Close what has been told, its grace over, and is silent; HTTP/2: has no open stream."""
+        for protocol, until in list(self._multiplexed.items()):
+            if until <= now or not is_busy(protocol):
+                del self._multiplexed[protocol]
+                self._leaving[protocol] = now + _NOTICE_S
+                go_away(protocol)
         due: list[Protocol] = []
-        for protocol, until in self._told.items():  # in the order of their times
-            if until > now:
-                break
-            due.append(protocol)
-        for number, protocol in enumerate([*due, *self._multiplexed]):
+        for told in (self._told, self._leaving):
+            for protocol, until in told.items():  # in the order of their times
+                if until > now:
+                    break
+                due.append(protocol)
+        for number, protocol in enumerate(due):
             if protocol not in self._http.state.connections:
                 self._told.pop(protocol, None)
-                self._multiplexed.discard(protocol)
-            elif not is_busy(protocol):
+                self._leaving.pop(protocol, None)
+            elif is_busy(protocol) or is_unsent(protocol):
+                if protocol in self._told:  # it isn't silent: its grace begins anew, at the end of the order
+                    del self._told[protocol]
+                    self._told[protocol] = now + self._idle_grace_s
+            else:
                 self.closed += 1
                 self._told.pop(protocol, None)
-                self._multiplexed.discard(protocol)
+                self._leaving.pop(protocol, None)
                 shut_down(protocol)
                 # TLS waits half a minute for the other side's farewell
                 self._loop.call_later(_LINGER_S, close, protocol, True)

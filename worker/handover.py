@@ -51,6 +51,8 @@ class Handover:
         self._listeners: frozenset[str] | None = None
         self._offered: deque[Protocol] = deque()
         self._seen: set[Protocol] = set()
+        self._unflushed: list[Protocol] = []
+        """To be looked at in the next sweep: their clients read slowly, and there may be thousands of them."""
         self._scheduled: asyncio.Handle | None = None
         self._retry_s = _RETRY_S
         self._largest = min(_LARGEST_BATCH, relay.max_batch(descriptors.limit()))
@@ -77,6 +79,7 @@ class Handover:
         """Send nothing more; connections that are still here stay as they are."""
         self._on = False
         self._offered.clear()
+        self._unflushed.clear()
         for protocol in self._seen:
             unwatch_responses(protocol)
         self._seen.clear()
@@ -85,19 +88,21 @@ class Handover:
             self._scheduled = None
 
     def sweep(self) -> None:
-        """Look at the connections that have come since the last sweep."""
+        """Look at the connections that have come since the last sweep, and at what had not been flushed then."""
         connections = self._http.state.connections
         self._seen &= connections
         new = connections - self._seen
         self._seen |= new
         self._offered.extend(new)
+        self._offered.extend(self._unflushed)
+        self._unflushed.clear()
         if self._offered:
             self._schedule()
         elif not self._swept:
             self._finish_sweep()
 
     def offer(self, protocol: Protocol) -> None:
-        """A response of this connection is out, or it was unflushed before: it may be able to move."""
+        """A response of this connection is out: it may be able to move."""
         if self._on:
             self._offered.append(protocol)
             self._schedule()
@@ -200,7 +205,7 @@ class Handover:
         if verdict is Verdict.NEVER:
             self._unmovable(protocol)
         elif verdict is Verdict.UNFLUSHED:
-            self._loop.call_later(_RETRY_S, self.offer, protocol)
+            self._unflushed.append(protocol)
         elif verdict is Verdict.BUSY and "on_response_complete" not in vars(protocol):
             watch_responses(protocol, self.offer)
         return verdict is Verdict.IDLE

@@ -113,21 +113,26 @@ class Intake:
         """Accept and adopt from now on."""
         if not self._open:
             self._open = True
-            self._read()
+            self._read_listeners()
+            if not self._unpacked:
+                self._read_relay()
 
     def close(self) -> None:
         """Take nothing more. What was taken already is still made; see `pending`."""
         self._open = False
-        self._stop_reading()
+        self._leave_listeners()
+        self._leave_relay()
         if self._paused is not None:
             self._paused.cancel()
             self._paused = None
 
-    def _read(self) -> None:
+    def _read_listeners(self) -> None:
         for listener in self._listeners.values():
             self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
-        if not self._unpacked:
-            self._read_relay()
+
+    def _leave_listeners(self) -> None:
+        for listener in self._listeners.values():
+            self._loop.remove_reader(listener.sock.fileno())
 
     def _read_relay(self) -> None:
         if not self._relay_read:
@@ -139,14 +144,9 @@ class Intake:
             self._relay_read = False
             self._loop.remove_reader(self._relay.fileno())
 
-    def _stop_reading(self) -> None:
-        for listener in self._listeners.values():
-            self._loop.remove_reader(listener.sock.fileno())
-        self._leave_relay()
-
     def _pause(self, why: str) -> None:
-        """Leave what waits to the kernel's queues and to other workers for a moment."""
-        self._stop_reading()
+        """Leave whoever connects to the kernel's queues and to other workers for a moment."""
+        self._leave_listeners()
         self._complain(why)
         if self._paused is not None:
             self._paused.cancel()
@@ -159,10 +159,10 @@ class Intake:
             self._paused = self._loop.call_later(_PAUSE_S, self._resume)
             return
         self._paused = None
-        self._read()
+        self._read_listeners()
 
     def _return_to_relay(self) -> None:
-        if self._open and not self._adopting and self._paused is None:
+        if self._open and not self._adopting:
             self._read_relay()
 
     def _complain(self, why: str) -> None:
@@ -216,8 +216,8 @@ class Intake:
     def _adopt(self) -> None:
         if self._adopting:
             return
-        most = descriptors.limit()
-        if descriptors.spare() < relay.needed_room(self._relay, most):
+        spare = descriptors.spare_to_adopt()
+        if spare < relay.needed_room(self._relay, spare):
             self._complain("no room for a message of descriptors")
             self._leave_relay()
             self._loop.call_later(_PAUSE_S, self._return_to_relay)

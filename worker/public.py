@@ -16,6 +16,7 @@ from segue.handoff.messages import HOT
 
 _MAX_BODY_BYTES = 64 * 1024
 _DEFAULT_WAIT_S = 300.0
+_ASKED_BY = {"X-Segue-Asked-By": "public listener"}
 _EXTRA_S = 10.0
 """How much longer than ``?wait=`` the answer may take."""
 
@@ -87,7 +88,8 @@ async def _pass_on(scope: Any, receive: Receive, path: str, digest: bytes, maste
         return problem(400, "wait takes seconds")
     target = urllib.parse.quote(path) + (f"?{query}" if query else "")
     try:
-        return await call(master_socket, method, target, timeout_s=max(0.0, wait_s) + _EXTRA_S)
+        timeout_s = max(0.0, wait_s) + _EXTRA_S
+        return await call(master_socket, method, target, timeout_s=timeout_s, headers=_ASKED_BY)
     except CallError as error:
         return problem(503, f"the master doesn't answer: {error}")
 

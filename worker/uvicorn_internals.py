@@ -8,8 +8,10 @@ a release has it no longer. Tested with uvicorn 0.54 (see the bounds in pyprojec
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import functools
 import inspect
+import termios
 import time
 from collections.abc import Callable, Collection, Iterator
 from email.utils import formatdate
@@ -25,6 +27,7 @@ Cycle: TypeAlias = Any
 """uvicorn's RequestResponseCycle: one request and its response."""
 
 CLOSE_HEADER = (b"connection", b"close")
+_HIGHEST_STREAM = 2**31 - 1
 
 _EXPECTED: dict[str, tuple[str, ...]] = {
     "connections": ("self.connections.add(self)", "self.connections.discard(self)"),
@@ -232,6 +235,42 @@ def is_busy(protocol: Protocol) -> bool:
     if isinstance(connection, h11.Connection):
         return connection.their_state is h11.IDLE and bool(connection.trailing_data[0])
     return False
+
+
+def is_unsent(protocol: Protocol) -> bool:
+    """Whether something that was written hasn't reached the other side yet.
+
+    The kernel's queue is asked too: under TLS asyncio's transport doesn't count what waits below it, but as long as
+    something does, that queue isn't empty (SIOCOUTQ, tcp(7)).
+    """
+    transport = protocol.transport
+    if transport is None:
+        return False
+    sock = transport.get_extra_info("socket")
+    try:
+        if transport.get_write_buffer_size() > 0:
+            return True
+        queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)) if sock is not None else bytes(4)
+    except (OSError, ValueError, AttributeError):  # it has just been closed
+        return False
+    return any(queued)
+
+
+def is_multiplexed(protocol: Protocol) -> bool:
+    """Whether it is HTTP/2."""
+    return hasattr(protocol, "shutdown_requested")
+
+
+def go_away(protocol: Protocol) -> None:
+    """Ask an HTTP/2 client to open no more streams here; those that are open, or on their way, are answered.
+
+    uvicorn's own `shutdown` says it only once no stream is open, and answers what comes before with 503. A first
+    GOAWAY with the highest stream number is the graceful way (RFC 9113, section 6.8).
+    """
+    transport = protocol.transport
+    if transport is not None and not transport.is_closing():
+        protocol.conn.close(0, _HIGHEST_STREAM)
+        protocol.flush()
 
 
 def shut_down(protocol: Protocol) -> None:

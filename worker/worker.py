@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import uvicorn
 
+from segue.handoff import descriptors
 from segue.handoff.http import serve
 from segue.handoff.messages import FdName, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
 from segue.worker import public, usage
@@ -27,9 +28,18 @@ from segue.worker.drain import Drain, cut
 from segue.worker.endpoints import Refused, handler
 from segue.worker.events import Stage, WorkerInfo
 from segue.worker.intake import Intake, PublicListener
-from segue.worker.lifespan import Lifespan
+from segue.worker.lifespan import Lifespan, StartFailed
 from segue.worker.telling import Telling
-from segue.worker.uvicorn_internals import Http, in_flight, is_busy, open_cycles, shut_down
+from segue.worker.uvicorn_internals import (
+    Http,
+    Protocol,
+    close,
+    in_flight,
+    is_busy,
+    is_unsent,
+    open_cycles,
+    shut_down,
+)
 from segue.worker.warm_up import warm_up
 
 _log = logging.getLogger("segue.worker")
@@ -46,6 +56,8 @@ _HARD_EXTRA_S = 5.0
 _SHUTDOWN_S = 5.0
 """What a lifespan shutdown may take at least."""
 _STOP_SWEEP_S = 0.05
+_LINGER_S = 3.0
+"""How long a connection that was closed may take to be gone at a stop."""
 _CLOSE_SERVER_S = 1.0
 
 
@@ -161,6 +173,11 @@ class Worker:
         listener = self._spec.listeners[0] if self._spec.listeners else None
         for path in self._spec.warm_up:
             await warm_up(self._config, path, self._lifespan.state, listener, self._http.state.tasks)
+        if descriptors.spare() <= 0:
+            raise StartFailed(
+                f"no descriptors are left for connections: {descriptors.in_use()} of {descriptors.limit()} "
+                "are in use; raise the hard limit ('ulimit -Hn', LimitNOFILE=)"
+            )
         if not self._spec.check_only:
             await self._on_ready()
             self._set_mode(WorkerMode.READY)
@@ -286,6 +303,7 @@ class Worker:
     async def _shut_down(self) -> int:
         deadline = self._loop.time() + self._stop_timeout_s
         http, clean = self._http, True
+        told: dict[Protocol, float] = {}
         for connection in list(http.state.connections):
             if http.is_websocket(connection):
                 shut_down(connection)
@@ -305,6 +323,9 @@ class Worker:
                             cycle.keep_alive = False  # too late for the header
                 elif first or not self._intake.pending:
                     shut_down(connection)
+                    parted = told.setdefault(connection, self._loop.time())
+                    if self._loop.time() - parted > _LINGER_S and not is_unsent(connection):
+                        close(connection, abort=True)  # TLS waits half a minute for the other side's farewell
             first = False
         if not self._drain.is_empty:
             _log.warning(

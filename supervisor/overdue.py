@@ -1,0 +1,111 @@
+"""Time: what is due next, what is done about what is late, and what a pause of the master means for both."""
+
+from __future__ import annotations
+
+from segue.supervisor import model as m
+from segue.supervisor import reports, staffing, succession
+from segue.supervisor.model import GenerationState, State, WorkerState
+from segue.supervisor.succession import PREPARE_TIMEOUT_S
+from segue.supervisor.turn import STOPPING_CAUSE, Turn
+
+PAUSE_GRACE_S = 5.0
+"""What is left of a deadline at least after the master stood still, for whatever stood still with it."""
+_WATCHED = frozenset({WorkerState.READY, WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState.QUIET})
+"""Where silence longer than the heartbeat timeout means a hung event loop. Elsewhere a deadline is running."""
+
+
+def next_deadline(state: State) -> float | None:
+    """When `TimePassed` is due next; None while nothing has a deadline."""
+    times = [state.recover_at, state.stopping.deadline if state.stopping else None]
+    for generation in state.generations.values():
+        times.append(generation.deadline)
+        times.extend(generation.respawn_at)
+        for worker in generation.workers.values():
+            times.append(worker.deadline)
+            if worker.state in _WATCHED:
+                times.append(worker.heard + generation.limits.heartbeat_timeout)
+    return min((time for time in times if time is not None), default=None)
+
+
+def paused(turn: Turn, event: m.Paused) -> None:
+    """Nobody is to blame for silence while the master itself stood still: every deadline starts anew."""
+    shift = event.seconds
+    turn.say("warning", "paused", None, None, seconds=round(shift, 1))
+    if turn.state.recover_at is not None:
+        turn.state.recover_at += shift
+    if turn.state.stopping is not None and turn.state.stopping.deadline is not None:
+        turn.state.stopping.deadline += shift
+    for generation in turn.state.generations.values():
+        if generation.deadline is not None:
+            generation.deadline = max(generation.deadline + shift, turn.now + PAUSE_GRACE_S)
+        generation.respawn_at = [time + shift for time in generation.respawn_at]
+        for worker in generation.workers.values():
+            worker.heard = turn.now
+            if worker.deadline is not None:
+                worker.deadline = max(worker.deadline + shift, turn.now + PAUSE_GRACE_S)
+
+
+def time_passed(turn: Turn, _event: m.TimePassed) -> None:
+    """Everything whose time has come."""
+    stopping = turn.state.stopping
+    if stopping is not None and stopping.deadline is not None and stopping.deadline <= turn.now:
+        succession.begin_stop(turn, stopping.status)
+    for generation in list(turn.state.generations.values()):
+        if generation.deadline is not None and generation.deadline <= turn.now:
+            _generation_late(turn, generation)
+        due = sum(1 for time in generation.respawn_at if time <= turn.now)
+        generation.respawn_at = [time for time in generation.respawn_at if time > turn.now]
+        for _unused in range(due):
+            turn.spawn(generation, gated=True)
+        for worker in list(generation.workers.values()):
+            if worker.deadline is not None and worker.deadline <= turn.now:
+                _worker_late(turn, generation, worker)
+            if worker.state in _WATCHED:
+                _check_heartbeat(turn, generation, worker)
+    if turn.state.recover_at is not None and turn.state.recover_at <= turn.now:
+        turn.state.recover_at = None
+        if succession.is_lost(turn):
+            succession.start_change(turn, ())
+
+
+def _generation_late(turn: Turn, generation: m.Generation) -> None:
+    timeout = generation.limits.ready_timeout
+    if not generation.workers:
+        succession.fail(turn, generation, f"its settings could not be read within {PREPARE_TIMEOUT_S:g} s")
+        return
+    late = [worker for worker in generation.workers.values() if worker.state is WorkerState.BOOTING]
+    places = ", ".join(f"worker {worker.id} is in {worker.phase}" for worker in late)
+    succession.fail(turn, generation, f"not ready within {timeout:g} s (ready-timeout): {places}")
+
+
+def _worker_late(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
+    if worker.state in {WorkerState.STOPPING, WorkerState.DRAINING}:
+        if worker.cause == STOPPING_CAUSE and turn.state.stopping is not None:
+            turn.state.stopping.status = turn.state.stopping.status or 1
+        turn.kill(generation, worker, f"it did not end in time ({worker.state})")
+    elif worker.state is WorkerState.KILLED:
+        turn.kill(generation, worker, worker.cause)
+    elif worker.state is WorkerState.BOOTING:
+        reason = f"was not ready within {generation.limits.ready_timeout:g} s (it is in {worker.phase})"
+        turn.kill(generation, worker, reason)
+        staffing.start_failed(turn, generation, worker, f"worker {worker.id} {reason}")
+    elif worker.state in m.SERVING:
+        worker.deadline = None
+        staffing.replace_next(turn, generation)
+    elif worker.state is WorkerState.ACTIVATING:  # an answer is on its way, if only that there was none
+        reports.activated(turn, generation, worker, m.Activated(generation.id, worker.id, "no answer"))
+    elif worker.state is WorkerState.QUIETING:
+        reports.quieted(turn, generation, worker, m.Quieted(generation.id, worker.id, "no answer"))
+
+
+def _check_heartbeat(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
+    if worker.heard + generation.limits.heartbeat_timeout > turn.now:
+        return
+    reason = f"its event loop has been silent for {turn.now - worker.heard:.1f} s"
+    if worker.state is WorkerState.ACTIVE and generation.state is GenerationState.ACTIVE:
+        worker.state = WorkerState.HUNG
+        staffing.replace(turn, generation, worker, reason)
+    elif generation.state is GenerationState.STAGED or generation.state is GenerationState.BOOTING:
+        succession.fail(turn, generation, f"worker {worker.id}: {reason}")
+    else:
+        turn.kill(generation, worker, reason)

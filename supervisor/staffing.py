@@ -1,0 +1,148 @@
+"""How many workers the current generation has: respawns, replacements, and the changes of their number.
+
+One function, `fill`, compares what there is with what is wanted; the others change what is wanted, and call it.
+"""
+
+from __future__ import annotations
+
+from segue.supervisor import model as m
+from segue.supervisor.model import WorkerState
+from segue.supervisor.turn import STOPPING_CAUSE, Turn
+
+BACKOFF_FIRST_S = 0.5
+BACKOFF_CAP_S = 30.0
+
+
+def backoff(streak: int) -> float:
+    """Seconds to wait before the next start after `streak` failed ones: at once, then doubling up to a cap."""
+    return 0.0 if streak <= 0 else min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2.0 ** (streak - 1))
+
+
+def respawn_later(turn: Turn, generation: m.Generation) -> None:
+    """Start another one, the later the more starts have failed."""
+    generation.respawn_at.append(turn.now + backoff(generation.streak))
+
+
+def fill(turn: Turn, generation: m.Generation) -> None:
+    """Bring the current generation to the number of workers that it shall have."""
+    if generation.id != turn.state.current or turn.state.ending:
+        return
+    replacements = {worker.replaces: worker for worker in generation.workers.values()}
+    staying = generation.having(m.SERVING | m.STARTING)
+    count = sum(1 for worker in staying if worker.id not in replacements) + len(generation.respawn_at)
+    while count < generation.wanted:
+        respawn_later(turn, generation)
+        count += 1
+    while count > generation.wanted and generation.respawn_at:
+        generation.respawn_at.remove(max(generation.respawn_at))
+        count -= 1
+    # the least useful go first, and with one that would be replaced its replacement
+    surplus = [worker for worker in staying if worker.replaces is None]
+    surplus.sort(key=lambda worker: (_usefulness(worker), -worker.id))
+    for worker in surplus[: max(0, count - generation.wanted)]:
+        for leaving in (replacements.get(worker.id), worker):
+            if leaving is not None:
+                leaving.replaces = None
+                turn.leave(generation, leaving, "fewer workers were asked for")
+    replace_next(turn, generation)
+
+
+def replace(turn: Turn, generation: m.Generation, worker: m.Worker, why: str) -> None:
+    """Start-first: another worker of the same generation, and this one leaves when that one serves."""
+    if not worker.replace_why:
+        worker.replace_why = why
+        replace_next(turn, generation)
+
+
+def replace_next(turn: Turn, generation: m.Generation) -> None:
+    """One at a time: the first that is to be replaced, and does not wait after a try that failed."""
+    if generation.id != turn.state.current or turn.state.ending:
+        return
+    if any(other.replaces is not None for other in generation.workers.values()):
+        return
+    for worker in generation.having(m.SERVING):
+        if worker.replace_why and worker.deadline is None:
+            turn.say("warning", "worker-replaced", generation, worker, reason=worker.replace_why)
+            turn.spawn(generation, gated=True, replaces=worker.id)
+            return
+
+
+def start_failed(
+    turn: Turn, generation: m.Generation, worker: m.Worker, reason: str, output: str = ""
+) -> None:
+    """One that the current generation wanted does not come: what it was for is given up, or tried again later."""
+    generation.streak += 1
+    if worker.replaces is not None:
+        replace_later(turn, generation, worker, backoff(generation.streak))
+    elif turn.state.scaling is not None:
+        undo_scaling(turn, generation, reason, output)
+    else:
+        respawn_later(turn, generation)
+
+
+def replace_later(turn: Turn, generation: m.Generation, replacement: m.Worker, delay: float) -> None:
+    """The replacement does not come. Whom it was for stays until another try, and others have their turn."""
+    replaced = generation.workers.get(replacement.replaces) if replacement.replaces is not None else None
+    replacement.replaces = None
+    if replaced is not None and replaced.state in m.SERVING:
+        replaced.deadline = turn.now + delay
+    replace_next(turn, generation)
+
+
+def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
+    """Another number of workers is wanted."""
+    state = turn.state
+    current = state.generations.get(state.current) if state.current is not None else None
+    refusal = ""
+    if state.stopping is not None:
+        refusal = STOPPING_CAUSE
+    elif state.change is not None or current is None:
+        refusal = "a reload is running; try again when it has ended"
+    elif state.scaling is not None and state.scaling.operation is not None:
+        refusal = "the number of workers is being changed already"
+    if refusal or current is None:
+        if event.operation is not None:
+            turn.settle(event.operation, ok=False, reason=refusal)
+        elif state.stopping is None:
+            state.scale_delta += event.delta  # its turn comes
+        return
+    count = event.count if event.count is not None else current.target + event.delta
+    if count < 1:
+        if event.operation is not None:
+            turn.settle(event.operation, ok=False, reason=f"{count} workers can't serve; 1 is the least")
+        return
+    turn.say("info", "scale", current, None, workers=count, before=current.target)
+    if state.scaling is None:
+        state.scaling = m.Scaling(event.operation, current.id, current.target, current.missing)
+    state.scaling.operation = event.operation  # a nudge under way is overtaken; what it began at stays
+    current.target, current.missing = count, 0
+    fill(turn, current)
+
+
+def check_scaling(turn: Turn) -> None:
+    """A change of the number is over when so many serve."""
+    if turn.state.scaling is not None:
+        generation = turn.state.generations[turn.state.scaling.generation]
+        if len(generation.having(m.SERVING)) == generation.target and not generation.having(m.STARTING):
+            end_scaling(turn, ok=True)
+
+
+def undo_scaling(turn: Turn, generation: m.Generation, reason: str, output: str = "") -> None:
+    """It can't be done: back to the number that there was."""
+    assert turn.state.scaling is not None
+    generation.target, generation.missing = turn.state.scaling.before, turn.state.scaling.missing
+    end_scaling(turn, ok=False, reason=reason, output=output)
+    fill(turn, generation)
+
+
+def end_scaling(turn: Turn, ok: bool, reason: str = "", output: str = "") -> None:
+    """Answer whoever asked for it."""
+    scaling, turn.state.scaling = turn.state.scaling, None
+    if scaling is not None and scaling.operation is not None:
+        turn.settle(scaling.operation, ok=ok, reason=reason, output=output, generation=scaling.generation)
+
+
+def _usefulness(worker: m.Worker) -> int:
+    if worker.state is not WorkerState.ACTIVE:
+        return 1 if worker.state is WorkerState.HUNG else 0
+    return 2 if worker.replace_why else 3

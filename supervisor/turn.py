@@ -1,0 +1,148 @@
+"""One turn of the lifecycle: a state that is ours to change, the effects so far, and what can be told to a worker.
+
+Every way in which a worker is started, told something or ended is here, with its state and its deadline set in the
+same place. Who is to be told what, and when, is decided in the modules that are built on this one.
+"""
+
+from __future__ import annotations
+
+from segue.supervisor import model as m
+from segue.supervisor.model import GenerationState, State, Verb, WorkerState
+
+ACTIVATE_TIMEOUT_S = 10.0
+QUIET_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 5.0
+SLACK_S = 5.0
+"""What force is given beyond a budget that the worker keeps by itself."""
+TERM_GRACE_S = 5.0
+"""From SIGTERM to SIGKILL, for a worker that never served."""
+KILL_REPEAT_S = 2.0
+"""A respawn may not have had a process yet when it was killed: while its code is compared."""
+STOPPING_CAUSE = "segue is stopping"
+STARTING_IDLE = frozenset({WorkerState.BOOTING, WorkerState.READY})
+
+
+class Turn:
+    """What an event does, while it is being done."""
+
+    def __init__(self, state: State, now: float) -> None:
+        self.state = state
+        self.now = now
+        self.effects: list[m.Effect] = []
+
+    def command(
+        self,
+        generation: m.Generation,
+        worker: m.Worker,
+        verb: Verb,
+        timeout: float,
+        *,
+        budget: float = 0.0,
+        mode: str | None = None,
+    ) -> None:
+        """Call a worker."""
+        self.effects.append(m.Command(generation.id, worker.id, verb, timeout, budget, mode))
+
+    def settle(
+        self, operation: int, *, ok: bool, reason: str = "", output: str = "", generation: int | None = None
+    ) -> None:
+        """Give an operation its one answer."""
+        self.effects.append(m.Settle(operation, ok, reason, output, generation))
+
+    def say(
+        self,
+        level: str,
+        event: str,
+        generation: m.Generation | None,
+        worker: m.Worker | None,
+        **fields: str | int | float,
+    ) -> None:
+        """Write a line of the log."""
+        where: dict[str, str | int | float] = {}
+        if generation is not None:
+            where["generation"] = generation.id
+        if worker is not None:
+            where["worker"] = worker.id
+        self.effects.append(
+            m.Say(level, event, where | {key: value for key, value in fields.items() if value != ""})
+        )
+
+    def move(self, generation: m.Generation, state: GenerationState) -> None:
+        """Take a generation to its next state."""
+        if state not in m.TRANSITIONS[generation.state]:
+            raise AssertionError(f"generation {generation.id} can't go from {generation.state} to {state}")
+        generation.state, generation.since = state, self.now
+
+    def spawn(self, generation: m.Generation, gated: bool = False, replaces: int | None = None) -> None:
+        """Start a worker of `generation`."""
+        number = generation.next_worker
+        generation.next_worker += 1
+        worker = m.Worker(number, WorkerState.BOOTING, deadline=None, heard=self.now, replaces=replaces)
+        if generation.id == self.state.current:
+            worker.deadline = self.now + generation.limits.ready_timeout
+        worker.drain_mode = self.state.drain_mode
+        generation.workers[number] = worker
+        self.effects.append(m.Spawn(generation.id, number, gated, self.state.drain_mode))
+
+    def activate(self, generation: m.Generation, worker: m.Worker) -> None:
+        """Let it accept connections."""
+        worker.state = WorkerState.ACTIVATING
+        worker.deadline = self.now + ACTIVATE_TIMEOUT_S + SLACK_S
+        if worker.drain_mode != self.state.drain_mode:
+            self.tell_drain(generation, worker)
+        self.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S)
+
+    def tell_drain(self, generation: m.Generation, worker: m.Worker) -> None:
+        """Tell it of the operator's drain."""
+        worker.drain_mode = self.state.drain_mode
+        worker.drains_unanswered += 1
+        self.command(generation, worker, Verb.DRAIN, COMMAND_TIMEOUT_S, mode=self.state.drain_mode)
+
+    def quiet(self, generation: m.Generation, workers: list[m.Worker]) -> None:
+        """First phase: all that leave stop accepting and reading the relay, before any of them sends."""
+        for worker in workers:
+            worker.state = WorkerState.QUIETING
+            worker.deadline = self.now + QUIET_TIMEOUT_S + SLACK_S
+            self.command(generation, worker, Verb.QUIET, QUIET_TIMEOUT_S)
+
+    def hand_over_if_quiet(self, generation: m.Generation) -> None:
+        """Second phase, once nobody of the generation is left in the first."""
+        if any(worker.state is WorkerState.QUIETING for worker in generation.workers.values()):
+            return
+        for worker in generation.having(frozenset({WorkerState.QUIET})):
+            worker.state = WorkerState.DRAINING
+            budget = generation.limits.drain_timeout
+            worker.deadline = self.now + budget + SLACK_S
+            self.command(generation, worker, Verb.HAND_OVER, COMMAND_TIMEOUT_S, budget=budget)
+
+    def leave(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
+        """One worker of a generation that goes on leaves it; its siblings take its connections."""
+        worker.cause = cause
+        if worker.state is WorkerState.HUNG:
+            self.kill(generation, worker, cause)
+        elif worker.state in {WorkerState.ACTIVE, WorkerState.ACTIVATING}:
+            self.quiet(generation, [worker])
+        elif worker.state in STARTING_IDLE:
+            self.terminate(generation, worker, cause)
+
+    def stop_worker(self, generation: m.Generation, worker: m.Worker, budget: float) -> None:
+        """Let it finish within `budget` seconds, and end."""
+        worker.state = WorkerState.STOPPING
+        worker.deadline = self.now + budget + 2 * SLACK_S
+        self.command(generation, worker, Verb.STOP, COMMAND_TIMEOUT_S, budget=budget)
+
+    def terminate(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
+        """End a worker that serves nobody: SIGTERM, and SIGKILL if that isn't enough."""
+        if worker.state in {WorkerState.STOPPING, WorkerState.KILLED}:
+            return
+        worker.state, worker.cause = WorkerState.STOPPING, cause
+        worker.deadline = self.now + TERM_GRACE_S
+        self.effects.append(m.Kill(generation.id, worker.id, now=False))
+
+    def kill(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
+        """End it, whatever it does."""
+        if worker.state is not WorkerState.KILLED:
+            self.say("warning", "worker-killed", generation, worker, reason=cause)
+        worker.state, worker.cause = WorkerState.KILLED, cause
+        worker.deadline = self.now + KILL_REPEAT_S
+        self.effects.append(m.Kill(generation.id, worker.id, now=True))
