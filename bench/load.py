@@ -55,6 +55,9 @@ KINDS = {
 SHORT = ("keepalive", "newconn")
 """The classes of clients whose requests are short; the third is ``sse``."""
 
+_TURN_S = 0.005
+_LATE_S = 0.01
+
 _HEAD, _LENGTH, _CHUNK_HEAD, _CHUNK, _UNTIL_EOF, _TRAILER = range(6)
 
 Headers = dict[bytes, bytes]
@@ -229,6 +232,7 @@ class Stats:
         self.pids: dict[str, list[float]] = {}
         self.fail_log: list[tuple[float, str, str, str, float]] = []
         self.sse_gap = 0.0
+        self.own_stalls: list[tuple[float, float]] = []
         self.fail_times: list[float] = []
         self._last_ok: dict[str, float] = {}
         self._gaps: dict[str, tuple[float, float]] = {}
@@ -439,6 +443,15 @@ class Load:
                 conn.kept = False
                 conn.close()
 
+    async def watch_itself(self) -> None:
+        """Note when this process itself was late: what its clients felt then was not the server."""
+        while not self.stop:
+            due = now() + _TURN_S
+            await asyncio.sleep(_TURN_S)
+            late = now() - due
+            if late > _LATE_S:
+                self.stats.own_stalls.append((round(due - self.stats.t0, 3), round(late * 1000, 1)))
+
     async def run(self) -> dict[str, Any]:
         """Load for the duration, or until SIGTERM or SIGINT; the result."""
         args = self.args
@@ -449,6 +462,7 @@ class Load:
         clients = [asyncio.ensure_future(self.keep(i < args.post)) for i in range(args.keepalive)]
         clients += [asyncio.ensure_future(self.renew()) for _ in range(args.newconn)]
         clients += [asyncio.ensure_future(self.listen()) for _ in range(args.sse)]
+        clients.append(asyncio.ensure_future(self.watch_itself()))
         cpu_before = cpu_s()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(args.duration):
@@ -511,6 +525,7 @@ def report(args: argparse.Namespace, stats: Stats, end: float, cpu: float) -> di
         "events": events,
         "timeline_100ms": stats.timeline,
         "fail_log": stats.fail_log,
+        "own_stalls": stats.own_stalls,
         "client_cpu_frac": round(cpu / duration, 3),
     }
 

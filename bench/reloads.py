@@ -53,6 +53,9 @@ def _figures() -> list[Figure]:
             Figure(f"{case}-p99", f"reloads under load: p99 ÷ p99 without reloads ({of})", "", 1.5, digits=2),
             Figure(f"{case}-kept-p99", f"  the same of keep-alive clients alone ({of})", "", digits=2),
             Figure(f"{case}-gap", f"  longest time without any answer ({of})", "ms", digits=1),
+            Figure(
+                f"{case}-own", f"  the load generator's own longest stall over 10 ms ({of})", "ms", digits=1
+            ),
             Figure(f"{case}-rate", f"  requests/s ({of})", "", sense=">="),
             Figure(
                 f"{case}-first", f"readiness to first request on the new generation ({of})", "ms", 50, "<", 1
@@ -123,6 +126,7 @@ def _case(bench: Bench, user: str | None, workers: int) -> Measured:
         "failed": result["failed_total"],
         "closed": closes["idle_keepalive_closed"] + closes["connection_close_header"],
         "gap": result["longest_gap_ms"]["any"]["ms"],
+        "own": max((late_ms for _, late_ms in result["own_stalls"]), default=0.0),
         "rate": result["rate_short"],
         "first": max(
             (min(seen[str(pid)]["first"] for pid in pids if str(pid) in seen) - ready) * 1000
@@ -142,15 +146,10 @@ def _readiness(server: Segue) -> tuple[float, list[int]]:
 
 def _keep(bench: Bench, case: str, result: dict[str, Any]) -> None:
     """What tells where and when, for whoever has to find out why."""
-    keys = (
-        "failures_detail",
-        "fail_log",
-        "server_closes",
-        "longest_gap_ms",
-        "latency_ms",
-        "windows",
-        "client_cpu_frac",
-    )
+    keys = [
+        *("failures_detail", "fail_log", "server_closes", "longest_gap_ms", "own_stalls"),
+        *("windows", "client_cpu_frac", "timeline_100ms"),
+    ]
     borders = [(event["t_rel"], event["window"]) for event in result["events"]]
     bench.details.append({"case": case, "borders": borders, **{key: result[key] for key in keys}})
 

@@ -194,15 +194,19 @@ def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None
 @click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
 def stop(name: str | None, runtime_dir: str | None, now: bool, timeout: float | None) -> None:
     """Stop the instance; also workers that have lost their master."""
-    from segue.supervisor.client import stop_orphans, wait_released
+    from segue.supervisor import client
+    from segue.supervisor.instance import InstanceError
 
     instance = _find(runtime_dir, name)
     if instance.locked_by() is None:
-        pids = stop_orphans(instance, 0.0 if now else (timeout or _STOP_BUDGET_S))
+        pids = client.stop_orphans(instance, 0.0 if now else (timeout or _STOP_BUDGET_S))
         click.echo(f"stopped the workers that had lost their master ({len(pids)})")
         return
-    _change(instance, f"{HOT}/stop" + ("?now=1" if now else ""), False, timeout, False)
-    wait_released(instance)
+    try:
+        operation = client.stop(instance, now, timeout)
+    except InstanceError as error:
+        _fail(str(error), Status.INSTANCE)
+    _conclude(operation)
     click.echo("stopped")
 
 
@@ -266,6 +270,14 @@ def _change(
         _fail(str(error), Status.INSTANCE)
     if as_json:
         click.echo(json.dumps(operation, indent=2))
+    _conclude(operation, drained)
+    if as_json:
+        sys.exit(Status.OK)
+    return operation
+
+
+def _conclude(operation: dict[str, Any], drained: bool = False) -> None:
+    """Tell an operation's outcome, and end the program unless it was done."""
     for note in operation.get("notes", ()):
         click.echo(f"note: {note}", err=True)
     if operation["outcome"] == "refused":
@@ -275,9 +287,6 @@ def _change(
     if operation["outcome"] is None or (drained and not operation["drained"]):
         click.echo(f"still in phase {operation['phase']} (operation {operation['id']})", err=True)
         sys.exit(Status.LATE)
-    if as_json:
-        sys.exit(Status.OK)
-    return operation
 
 
 def _echo_output(output: str) -> None:

@@ -8,6 +8,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from segue.handoff.http import CallError, Response, call
@@ -18,7 +19,7 @@ READ_TIMEOUT_S = 10.0
 _POLL_S = 20.0
 _KILL_GRACE_S = 10.0
 _RELEASE_S = 5.0
-_LOOK_EVERY_S = 0.01
+_LONGEST_STOP_S = 86400.0
 
 
 def get(instance: Instance, target: str) -> Response:
@@ -96,11 +97,27 @@ def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
     return list(pidfds)
 
 
-def wait_released(instance: Instance) -> None:
-    """Return when a master that has stopped has given name and addresses back: another can start at once then."""
-    deadline = time.monotonic() + _RELEASE_S
-    while instance.locked_by() is not None and time.monotonic() < deadline:
-        time.sleep(_LOOK_EVERY_S)
+def stop(instance: Instance, at_once: bool, timeout_s: float | None) -> dict[str, Any]:
+    """Stop it and return the operation's last document, once a master that has ended has given name and addresses back.
+
+    One request that waits for the outcome: a second one might find nobody to answer it. Raises `InstanceError`.
+    """
+    owner = instance.locked_by()
+    try:
+        pidfd = os.pidfd_open(owner.pid) if owner else None
+    except ProcessLookupError:
+        pidfd = None
+    wait_s = _LONGEST_STOP_S if timeout_s is None else timeout_s
+    target = f"{HOT}/stop?now={int(at_once)}&wait={wait_s:g}"
+    answer = _call(instance, "POST", target, wait_s + READ_TIMEOUT_S)
+    document: dict[str, Any] = answer.json()
+    if pidfd is not None:
+        if answer.status in {HTTPStatus.OK, HTTPStatus.CONFLICT}:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(_RELEASE_S * 1000)
+        os.close(pidfd)
+    return document.get("operation", document)
 
 
 def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Response:

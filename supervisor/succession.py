@@ -217,8 +217,7 @@ def stop_asked(turn: Turn, event: m.StopAsked) -> None:
     operations = (event.operation,) if event.operation is not None else ()
     stopping = turn.state.stopping
     if stopping is None:
-        # Exit 0 only from a stop of something that served, or that had not yet begun to.
-        status = 0 if turn.state.serving or turn.state.current is None else 1
+        status = 0 if turn.state.serving else 1  # never 0 from an outage, or from a start that was given up
         stopping = m.Stopping((), begun=False, deadline=turn.now + event.delay, status=status)
         turn.state.stopping = stopping
         turn.say("info", "stopping", None, None, delay_s=event.delay, budget_s=event.budget)

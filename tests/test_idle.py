@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from segue.worker.idle import Verdict, judge, proof_for
-from segue.worker.uvicorn_internals import Http, check_contract, is_busy
+from segue.worker.uvicorn_internals import Http, is_busy
 
 
 class FakeTransport:
