@@ -182,6 +182,8 @@ class Handover:
         if refusal is None:
             for protocol in batch:
                 _let_go(protocol)
+                # not left to the next sweep: thousands would be freed in one go there (8 ms were measured)
+                self._seen.discard(protocol)
             self.sent += len(batch)
             return None
         for protocol in batch:
