@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.figures import Figure, Measured
-from bench.processes import cpu_s
+from bench.processes import cpu_s, waited_s
 from bench.servers import Bench, Segue, Server, ServerError, segue, wait_for
 from bench.users import ROOT
 
@@ -39,6 +39,7 @@ FIGURES = [
         "µs",
         digits=1,
     ),
+    Figure("sender-waited", "  the sending process waited for a processor meanwhile, in all", "ms", digits=1),
     Figure("sender-felt", "  the sending loop's longest stall as felt by a stream", "ms", digits=1),
     Figure("adopter-felt", "  the adopting loop's longest stall as felt by new connections", "ms", digits=1),
     Figure("probe-own", "  the probe's own longest stall in that time", "ms", digits=1),
@@ -73,10 +74,10 @@ def _one(bench: Bench) -> Measured:
             stream.sendall(b"GET /sse?n=1000000&ms=100 HTTP/1.1\r\nHost: bench\r\n\r\n")
             crowd.say(f"open {CONNECTIONS}")
             time.sleep(0.5)
-            cpu_before = cpu_s(old["pid"])
+            cpu_before, waited_before = cpu_s(old["pid"]), waited_s(old["pid"])
             operation = server.reload()
             sender = _sent(server, old["control"])
-            cpu = cpu_s(old["pid"]) - cpu_before
+            cpu, waited = cpu_s(old["pid"]) - cpu_before, waited_s(old["pid"]) - waited_before
             new = server.workers()
             answered = crowd.say("ask")
         server.wait_drained(operation)
@@ -87,6 +88,7 @@ def _one(bench: Bench) -> Measured:
         "sender-stall": sender["max_stall_s"] * 1000,
         "adopter-stall": max(worker["max_stall_s"] for worker in new) * 1000,
         "kernel-cpu": cpu / CONNECTIONS * 1e6,
+        "sender-waited": waited * 1000,
     }
 
 

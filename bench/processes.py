@@ -37,6 +37,17 @@ def cpu_s(pid: int) -> float:
     return sum(threads) / 1e9 if threads and sum(threads) else ticks(pid) * _TICK_S
 
 
+def waited_s(pid: int) -> float:
+    """How long it was ready to run while no processor was free for it; 0 where the kernel doesn't keep it."""
+    try:
+        return (
+            sum(int(path.read_text().split()[1]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+            / 1e9
+        )
+    except FileNotFoundError:
+        return 0.0
+
+
 def children(pid: int) -> list[int]:
     """Of a process, zombies among them."""
     found = []

@@ -28,11 +28,11 @@ def measure(bench: Bench) -> Measured:
     """One run: ten pairs."""
     if shutil.which("wrk") is None:
         return {figure.key: "wrk is not installed" for figure in FIGURES}
-    pairs, seconds = (3, 1) if bench.quick else (10, 2)
+    pairs, turns = (3, 1) if bench.quick else (10, 2)
     found = []
     for number in range(pairs):
         bench.say(f"throughput: pair {number + 1} of {pairs}")
-        found.append(_pair(bench, seconds, ours_first=number % 2 == 0))
+        found.append(_pair(bench, turns, ours_first=number % 2 == 0))
     return {
         "ratio": statistics.median(ours.rate / theirs.rate for ours, theirs in found),
         "cpu": statistics.median(ours.cpu_s / theirs.cpu_s for ours, theirs in found),
@@ -68,15 +68,15 @@ class _Seen:
         self.cpus_s.append((cpu_s(self.pid) - before) / requests)
 
 
-def _pair(bench: Bench, seconds: int, ours_first: bool) -> tuple[_Seen, _Seen]:
+def _pair(bench: Bench, turns: int, ours_first: bool) -> tuple[_Seen, _Seen]:
     with segue(bench) as one, uvicorn(bench) as other:
         for server in (one, other):
             server.first_answer()
             _wrk(server.port, 1)
         ours, theirs = _Seen(one.port, one.workers()[0]["pid"]), _Seen(other.port, other.pid)
         there = (ours, theirs) if ours_first else (theirs, ours)
-        for seen in (*there, *reversed(there)):
-            seen.load(seconds)
+        for seen in (*there, *reversed(there)) * turns:
+            seen.load(1)
         return ours, theirs
 
 

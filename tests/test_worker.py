@@ -336,7 +336,7 @@ BROKEN = {
     "log": (
         "app = None",
         {"log_config": "/nowhere.yaml"},
-        "the configuration can't be used: FileNotFoundError",
+        "log-config /nowhere.yaml can't be used: FileNotFoundError",
     ),
     "startup": (
         "async def app(scope, receive, send):\n await receive()\n raise RuntimeError('no database')",
