@@ -117,7 +117,8 @@ def stop(instance: Instance, at_once: bool, timeout_s: float | None) -> dict[str
             poll.register(pidfd, select.POLLIN)
             poll.poll(_RELEASE_S * 1000)
         os.close(pidfd)
-    return document.get("operation", document)
+    operation: dict[str, Any] = document.get("operation", document)
+    return operation
 
 
 def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Response:
