@@ -65,6 +65,7 @@ def _figures() -> list[Figure]:
     figures.append(
         Figure("uvicorn-p99", "  beside: p99 ÷ p99 without reloads of uvicorn --workers 2", digits=2)
     )
+    figures.append(Figure("uvicorn-given-up", "  beside: reloads not done after 20 s by uvicorn --workers 2"))
     return figures
 
 

@@ -72,7 +72,7 @@ def test_a_reload_reads_the_log_configuration_again(application, tmp_path) -> No
     configuration = tmp_path / "log.json"
 
     def write(name: str, level: str = "INFO") -> Path:
-        log = tmp_path / f"{name}.log"
+        log: Path = tmp_path / f"{name}.log"
         handler = {"class": "logging.FileHandler", "filename": str(log), "formatter": "plain"}
         configuration.write_text(
             json.dumps(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,7 +19,7 @@ from segue.supervisor import lifecycle
 from segue.supervisor import model as m
 from segue.supervisor.model import WorkerState
 
-_COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+_COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", derandomize=True, max_examples=200, stateful_step_count=40, **_COMMON)
 settings.register_profile("deep", max_examples=20_000, stateful_step_count=60, print_blob=True, **_COMMON)
 DEEP = bool(os.environ.get("SEGUE_DEEP"))
@@ -160,7 +161,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = PROFILE
-TestAnyOrder.pytestmark = [pytest.mark.timeout(7200 if DEEP else 120)]
+setattr(TestAnyOrder, "pytestmark", [pytest.mark.timeout(7200 if DEEP else 120)])  # noqa: B010
 
 
 def events_about_workers() -> list[type[m.WorkerEvent]]:

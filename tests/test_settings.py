@@ -24,7 +24,7 @@ from segue.supervisor.setting_schema import SUPERVISED, Kind
 from segue.supervisor.setting_table import BY_KEY, REFUSED, TABLE
 from segue.supervisor.settings import Effective, SettingsError
 
-UVICORN_COMMAND: click.Command = uvicorn.main  # type: ignore[assignment]
+UVICORN_COMMAND: click.Command = uvicorn.main
 
 
 @pytest.fixture

@@ -245,8 +245,8 @@ def nobody() -> Iterator[tuple[Any, Path]]:
 def test_a_refused_fork_is_the_reason_of_a_refused_reload(nobody) -> None:
     interpreter, directory = nobody
     (directory / "shop.py").write_text(APP.format(version="1"))
-    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    hard = "unlimited" if hard == resource.RLIM_INFINITY else hard
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    hard = "unlimited" if most == resource.RLIM_INFINITY else str(most)
     with (
         supervised("shop:app", cwd=directory, interpreter=interpreter) as master,
         Client(master.port) as client,

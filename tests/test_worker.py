@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worker_harness import Bench
@@ -319,7 +320,7 @@ def test_bad_commands_are_refused_with_what_is_known(bench: Bench) -> None:
     assert worker.stop() == 0
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "import": (
         "import redis_that_is_not_there",
         {},
@@ -595,7 +596,7 @@ def test_tls_connections_are_told_and_closed_when_silent(bench: Bench, tmp_path:
     certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "pem"))
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
-    options = {"http": http, "ssl_certfile": str(tmp_path / "pem")}
+    options: dict[str, Any] = {"http": http, "ssl_certfile": str(tmp_path / "pem")}
     old = bench.spawn(**options).wait_ready().activate()
     talking, silent = bench.client(), bench.client()
     for client in (talking, silent):
