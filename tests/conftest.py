@@ -60,6 +60,8 @@ def no_leaked_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test that leaves a process behind, and end that process."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
+    # tests change code twice in a second without changing its size, which a cached .pyc does not notice
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     yield
     leaked = []
     for pid, command in marked(mark):
