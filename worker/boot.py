@@ -44,7 +44,7 @@ def main() -> int:
     telling = Telling(spec.notify_socket, spec.heartbeat_s)
 
     async def ready() -> None:
-        priority.restore()
+        priority.restore(asyncio.get_running_loop())
         await output.finish()
 
     from segue.worker.lifespan import StartFailed
