@@ -207,9 +207,15 @@ def _peer(writer: asyncio.StreamWriter) -> tuple[int | None, int | None]:
 
 
 async def call(
-    path: str, method: str, target: str, *, timeout_s: float, headers: Mapping[str, str] | None = None
+    path: str,
+    method: str,
+    target: str,
+    *,
+    timeout_s: float,
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b"",
 ) -> Response:
-    """Send one request without a body to the Unix socket at `path` and return the answer, whatever its status.
+    """Send one request to the Unix socket at `path` and return the answer, whatever its status.
 
     Raises `CallError` when there is no answer within `timeout_s` seconds.
     """
@@ -217,7 +223,7 @@ async def call(
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
-                return await _exchange(reader, writer, method, target, headers or {})
+                return await _exchange(reader, writer, method, target, headers or {}, body)
             finally:
                 writer.close()
     except TimeoutError:
@@ -232,17 +238,25 @@ async def _exchange(
     method: str,
     target: str,
     headers: Mapping[str, str],
+    body: bytes,
 ) -> Response:
     connection = h11.Connection(h11.CLIENT)
     head = h11.Request(
         method=method,
         target=target,
-        headers=[("Host", "segue"), ("Content-Length", "0"), ("Connection", "close"), *headers.items()],
+        headers=[
+            ("Host", "segue"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+            *headers.items(),
+        ],
     )
     writer.write(connection.send(head) or b"")
+    if body:
+        writer.write(connection.send(h11.Data(data=body)) or b"")
     writer.write(connection.send(h11.EndOfMessage()) or b"")
     response: h11.Response | None = None
-    body = bytearray()
+    answer = bytearray()
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -250,10 +264,12 @@ async def _exchange(
         elif isinstance(event, h11.Response):
             response = event
         elif isinstance(event, h11.Data):
-            body += event.data
+            answer += event.data
         elif isinstance(event, h11.EndOfMessage) and response is not None:
             break
         elif not isinstance(event, h11.InformationalResponse):
             raise h11.RemoteProtocolError("the connection was closed before the answer")
     fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
-    return Response(response.status_code, bytes(body), fields.get("content-type", ""), tuple(fields.items()))
+    return Response(
+        response.status_code, bytes(answer), fields.get("content-type", ""), tuple(fields.items())
+    )

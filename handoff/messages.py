@@ -74,6 +74,8 @@ class NotifyKey(enum.StrEnum):
     """Set on a failed start, one line: what failed and why."""
     RECYCLE = "X_SEGUE_RECYCLE"
     """The worker asks to be replaced; the value says why."""
+    HANDOVER = "X_SEGUE_HANDOVER"
+    """The worker has services; the value says how many seconds they may take to hand over."""
 
 
 class ListenerInfo(msgspec.Struct, frozen=True):
@@ -85,6 +87,27 @@ class ListenerInfo(msgspec.Struct, frozen=True):
     """``127.0.0.1:8000``, ``[::1]:8000`` or ``unix:/path``, as it is bound (a port 0 replaced by the real one)."""
     family: str
     """``inet``, ``inet6`` or ``unix``."""
+
+
+class ServiceRecord(msgspec.Struct, frozen=True):
+    """What was decided of a service while the instance runs: every worker that starts later begins with it."""
+
+    version: int = 1
+    choices: dict[str, str] = {}
+    """Settings that were chosen at run time. They may be secret."""
+
+
+class SwapOrder(msgspec.Struct, frozen=True):
+    """The body of ``POST /api/v1/hot/swap/prepare``, ``commit`` and ``abort`` on a worker's private socket."""
+
+    swap: int
+    """The number by which the worker knows it again."""
+    service: str = ""
+    query: dict[str, str] = {}
+    version: int = 0
+    """What the new instance's version will be."""
+    choices: dict[str, str] = {}
+    """What is remembered of earlier choices."""
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,6 +145,13 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``reject`` or ``queue`` if the operator's drain is on when this worker starts."""
     check_only: bool = False
     """Start up, warm up, shut down, exit 0: `segue check`."""
+    settings_file: str | None = None
+    """Where the settings of services are read, anew with each swap."""
+    env_file: str | None = None
+    services: dict[str, ServiceRecord] = {}
+    queue_limit: int = 1000
+    """How many requests an operator's drain in the mode ``queue`` holds at most."""
+    queue_timeout_s: float = 30.0
 
 
 class WorkerStatus(msgspec.Struct):
@@ -153,3 +183,7 @@ class WorkerStatus(msgspec.Struct):
     """Unix time of its start."""
     listeners: list[str] = []
     """Addresses that it accepts on now."""
+    queue: dict[str, int] = {}
+    """What an operator's drain holds (``waiting``) and has held, and what it has rejected."""
+    services: dict[str, dict[str, Any]] = {}
+    """By name; see `segue.worker.services.report`."""

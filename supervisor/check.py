@@ -38,7 +38,7 @@ def check(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Verdict:
 
 
 async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[str, str]) -> Verdict:
-    spec = msgspec.structs.replace(taken.spec(instance, 1, 1, None), check_only=True)
+    spec = msgspec.structs.replace(taken.spec(instance, 1, 1), check_only=True)
     relay = spawning.Relay.create()
     lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
     notify = NotifySocket(instance.notify)

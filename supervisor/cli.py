@@ -124,6 +124,14 @@ def _config_running(flags: dict[str, Any], as_json: bool) -> None:
 
 @cli.command(epilog=exits.EPILOG)
 @_instance_options
+@click.argument("service", metavar="[SERVICE]", required=False)
+@click.option(
+    "--set",
+    "choices",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A setting of the new instance of SERVICE; may be repeated.",
+)
 @click.option(
     "--wait",
     type=click.Choice(["serving", "drained"]),
@@ -135,14 +143,57 @@ def _config_running(flags: dict[str, Any], as_json: bool) -> None:
 @click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
 def reload(
-    name: str | None, runtime_dir: str | None, wait: str, no_wait: bool, timeout: float | None, as_json: bool
+    name: str | None,
+    runtime_dir: str | None,
+    service: str | None,
+    choices: tuple[str, ...],
+    wait: str,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
 ) -> None:
-    """Start a new generation and move every connection to it; refused if it does not get ready."""
+    """Start a new generation and move every connection to it; refused if it does not get ready.
+
+    With SERVICE, swap that service inside the running workers instead: all or none of them get the new instance.
+    """
+    if service is not None:
+        _swap(_find(runtime_dir, name), service, choices, wait, no_wait, timeout, as_json)
+        return
+    if choices:
+        raise click.UsageError("--set is for a service: segue reload SERVICE --set KEY=VALUE")
     operation = _change(
         _find(runtime_dir, name), f"{HOT}/reload", no_wait, timeout, as_json, drained=wait == "drained"
     )
     seconds = sum(seconds for phase, seconds in operation["phases"].items() if phase != "queued")
     click.echo(f"generation {operation['generation']} serves ({seconds:.2f} s)")
+
+
+def _swap(
+    instance: Any,
+    service: str,
+    choices: tuple[str, ...],
+    wait: str,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    from urllib.parse import quote, urlencode
+
+    if wait == "drained":
+        raise click.UsageError("a swap of a service has nothing to wait for with --wait drained")
+    pairs = [choice.partition("=") for choice in choices]
+    if any(not key or not equals for key, equals, _ in pairs):
+        raise click.UsageError("--set takes KEY=VALUE")
+    query = urlencode({key: value for key, _, value in pairs})
+    target = f"{HOT}/reload/{quote(service, safe='')}" + (f"?{query}" if query else "")
+    operation = _change(instance, target, no_wait, timeout, as_json)
+    seconds = sum(seconds for phase, seconds in operation["phases"].items() if phase != "queued")
+    leases = sum(worker.get("leases_out", 0) for worker in operation["workers"])
+    click.echo(
+        f"{service} is version {operation['version']} in {len(operation['workers'])} workers ({seconds:.2f} s)"
+        + (f"; rewired: {', '.join(operation['rewired'])}" if operation["rewired"] else "")
+        + (f"; {leases} leases still on the old one" if leases else "")
+    )
 
 
 @cli.command(epilog=exits.EPILOG)

@@ -18,6 +18,9 @@ from segue.supervisor.status import status
 
 MAX_WAIT_S = 24 * 3600.0
 MAX_WORKERS = 1024
+MAX_SWAPS_WAITING = 100
+_NOT_FOR_SERVICES = frozenset({"*", "wait", "until"})
+"""Query parameters of a swap that are ours; the others are the service's."""
 DRAIN_MODES = ("reject", "queue")
 _OPEN_TO_ALL = frozenset({"/livez", "/readyz", f"{HOT}/status"})
 _WAITING_FOR_START = "the first generation has not started yet"
@@ -37,6 +40,7 @@ class Control:
                 ("GET", f"{HOT}/config"): self._config,
                 ("GET", f"{HOT}/operations/*"): self._operation,
                 ("POST", f"{HOT}/reload"): self._reload,
+                ("POST", f"{HOT}/reload/*"): self._swap,
                 ("POST", f"{HOT}/drain/start"): self._drain_start,
                 ("POST", f"{HOT}/drain/stop"): self._drain_stop,
                 ("POST", f"{HOT}/scale"): self._scale,
@@ -130,6 +134,14 @@ class Control:
     async def _reload(self, request: Request) -> Response:
         return await self._ask(request, self._master.ask_reload)
 
+    async def _swap(self, request: Request) -> Response:
+        if len(self._master.state.swaps_queued) >= MAX_SWAPS_WAITING:
+            return problem(
+                423, f"{MAX_SWAPS_WAITING} swaps are waiting already; try again when they have ended"
+            )
+        query = {key: value for key, value in request.query.items() if key not in _NOT_FOR_SERVICES}
+        return await self._ask(request, lambda by: self._master.ask_swap(by, request.query["*"], query))
+
     async def _scale(self, request: Request) -> Response:
         workers = request.query.get("workers", "")
         if not workers.isdigit() or not 1 <= int(workers) <= MAX_WORKERS:
@@ -170,7 +182,9 @@ class Control:
                 operation=document,
             )
         if not operation.ok:
-            return problem(409, operation.reason, location, operation=document)
+            return problem(
+                operation.code, operation.reason, location, **operation.details, operation=document
+            )
         return json_response(document, 200, location)
 
 

@@ -10,15 +10,16 @@ Rejected: objects that carry out their own transitions (orders can't be tested w
 per generation (their state hides in stack frames, which nobody can list, copy or compare).
 
 `turn` is one step and what can be told to a worker; `staffing` keeps the current generation at its number; `succession`
-makes generations follow on one another; `reports` is what workers say, and `overdue` what they, or others, don't.
+makes generations follow on one another; `swaps` replaces one service in all workers; `handover` says whose services
+take work; `reports` is what workers say, and `overdue` what they, or others, don't.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from segue.supervisor import handover, overdue, reports, staffing, succession, swaps
 from segue.supervisor import model as m
-from segue.supervisor import overdue, reports, staffing, succession
 from segue.supervisor.model import State, WorkerState
 from segue.supervisor.overdue import next_deadline
 from segue.supervisor.succession import PREPARE_TIMEOUT_S
@@ -45,14 +46,17 @@ def _handle(turn: Turn, event: m.Event) -> None:
 def _conclude(turn: Turn) -> None:
     """What may have come to its end by what happened, whatever that was."""
     succession.check_drain_change(turn)
+    swaps.check(turn)
+    staffing.admit(turn)
     staffing.check_scaling(turn)
     state = turn.state
+    succession.recover_if_due(turn)
     if state.current is not None and state.generations[state.current].wanted <= 0:
         succession.recover_if_lost(turn)
-    free = state.change is None and state.stopping is None and state.scaling is None
-    if state.scale_delta and free and state.current is not None:
-        delta, state.scale_delta = state.scale_delta, 0
-        staffing.scale_asked(turn, m.ScaleAsked(None, delta=delta))
+    succession.start_queued(turn)
+    staffing.scale_queued(turn)
+    swaps.start_next(turn)
+    handover.check(turn)
 
 
 def _worker_event(turn: Turn, event: m.WorkerEvent) -> None:
@@ -62,10 +66,16 @@ def _worker_event(turn: Turn, event: m.WorkerEvent) -> None:
         return  # of a process that has already ended
     if not isinstance(event, m.WorkerExited | m.CodeChanged) and not getattr(event, "error", ""):
         worker.heard, worker.started = turn.now, True
+    if isinstance(event, m.WorkerExited):
+        swaps.died(turn, generation, worker, event.reason)
     WORKER[type(event), worker.state](turn, generation, worker, event)
 
 
 _Handler = Callable[[Turn, m.Generation, m.Worker, m.WorkerEvent], None]
+
+
+_CALLED = ("activating", "active", "hung", "quieting", "quiet", "draining")
+"""Where a worker may have been told something about a drain or a swap."""
 
 
 def _row(
@@ -85,14 +95,25 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.HandingOver, draining=reports.handing_over),
     **_row(m.WorkerDrained, draining=reports.drained),
     **_row(m.StopTaken, stopping=reports.stop_taken),
+    **_row(m.DrainTold, **dict.fromkeys(_CALLED, reports.drain_told)),
+    **_row(m.SwapPrepared, **dict.fromkeys(_CALLED, swaps.prepared)),
+    **_row(m.SwapCommitted, **dict.fromkeys(_CALLED, swaps.committed)),
+    **_row(m.SwapAborted, **dict.fromkeys(_CALLED, swaps.aborted)),
     **_row(
-        m.DrainTold,
-        activating=reports.drain_told,
-        active=reports.drain_told,
-        hung=reports.drain_told,
-        quieting=reports.drain_told,
-        quiet=reports.drain_told,
-        draining=reports.drain_told,
+        m.ServicesActivated,
+        active=handover.activated,
+        hung=handover.activated,
+        quieting=handover.activated,
+        quiet=handover.activated,
+        draining=handover.activated,
+    ),
+    **_row(
+        m.ServicesDeactivated,
+        quieting=handover.deactivated,
+        quiet=handover.deactivated,
+        draining=handover.deactivated,
+        stopping=handover.deactivated,
+        killed=handover.deactivated,
     ),
     **_row(
         m.WorkerExited,
@@ -120,6 +141,7 @@ _EVENTS: dict[type[m.Event], Callable[[Turn, m.Event], None]] = {
     m.ReloadAsked: succession.reload_asked,  # type: ignore[dict-item]
     m.ScaleAsked: staffing.scale_asked,  # type: ignore[dict-item]
     m.DrainAsked: succession.drain_asked,  # type: ignore[dict-item]
+    m.SwapAsked: swaps.asked,  # type: ignore[dict-item]
     m.StopAsked: succession.stop_asked,  # type: ignore[dict-item]
     m.Prepared: succession.prepared,  # type: ignore[dict-item]
     m.PrepareFailed: succession.prepare_failed,  # type: ignore[dict-item]

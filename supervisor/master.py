@@ -161,6 +161,12 @@ class Master:
         self.put(model.DrainAsked(operation.number, mode))
         return operation
 
+    def ask_swap(self, asked_by: str, service: str, query: dict[str, str]) -> Operation:
+        """Ask for another instance of a service in every worker of the current generation."""
+        operation = self.operations.create("swap", asked_by, service=service)
+        self.put(model.SwapAsked(operation.number, service, query))
+        return operation
+
     def ask_stop(self, asked_by: str, at_once: bool = False) -> Operation:
         """Ask for the end of the instance."""
         operation = self.operations.create("stop", asked_by)
@@ -190,8 +196,10 @@ class Master:
         match effect:
             case model.Prepare(generation):
                 self._start_task(self._prepare(generation))
-            case model.Spawn(generation, worker, gated, drain_mode):
-                self.workers.spawn((generation, worker), self.snapshots[generation], gated, drain_mode)
+            case model.Spawn(generation):
+                self.workers.spawn(effect, self.snapshots[generation])
+            case model.SwapCommand():
+                self.workers.swap(effect)
             case model.Command(generation):
                 names = [listener.info.name for listener in self._listeners()]
                 self.workers.command(effect, names, self.state.generations[generation].target)
@@ -277,7 +285,7 @@ class Master:
         operation = self.operations.get(effect.operation)
         if operation is None:
             return
-        operation.settle(effect.ok, effect.reason, effect.output, effect.generation)
+        operation.settle(effect)
         level = "info" if effect.ok else "error"
         fields = {
             "operation": operation.number,
@@ -292,6 +300,7 @@ class Master:
             generation=effect.generation,
             seconds=sum(operation.phases.values()),
             **fields,
+            service=operation.service or None,
             output=effect.output,
         )
         if operation.kind == "reload":

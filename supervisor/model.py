@@ -10,8 +10,11 @@ from __future__ import annotations
 import enum
 from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
+
+from segue.handoff.messages import ServiceRecord
 
 
 class GenerationState(enum.StrEnum):
@@ -58,7 +61,21 @@ class WorkerState(enum.StrEnum):
 
 SERVING = frozenset({WorkerState.ACTIVE, WorkerState.HUNG})
 STARTING = frozenset({WorkerState.BOOTING, WorkerState.READY, WorkerState.ACTIVATING})
+TAKING_PART = SERVING | {WorkerState.ACTIVATING}
+"""Who takes part in a swap of a service."""
 LEAVING = frozenset({WorkerState.QUIETING, WorkerState.QUIET, WorkerState.DRAINING})
+
+
+class ServicesState(enum.StrEnum):
+    """Whether a worker's services may take work of their own. What isn't known for certain counts as *may*."""
+
+    IDLE = "idle"
+    """They do not, for certain."""
+    ACTIVATING = "activating"
+    """Told to; until it has confirmed they may or may not."""
+    ACTIVE = "active"
+    DEACTIVATING = "deactivating"
+    """They are to cease, and may not have yet: told to, or the worker stops, or was killed and is not yet gone."""
 
 
 @dataclass(slots=True)
@@ -86,6 +103,22 @@ class Worker:
     """It did not take its handover, and is told again when it shows that it is alive."""
     cause: str = ""
     """Why it leaves or was killed, for the log."""
+    handover: float | None = None
+    """Seconds that its services may take to hand over; None: it has none, or isn't ready yet."""
+    services: ServicesState = ServicesState.IDLE
+    lead: bool = False
+    """It has, or may have, the services active that one worker alone may have: from the command on until it has
+    confirmed that it gave them up, or has died."""
+    services_retry: float | None = None
+    """When it is told of its services again, since the last time failed."""
+    services_due: float | None = None
+    """When what it was told of its services must have been answered; None: no answer is on its way."""
+    blocks_until: float | None = None
+    """Until then others wait for its services to cease."""
+    swaps_seen: int = 0
+    """`State.swap_count` when it was spawned: it starts with what had been decided by then."""
+    swap_due: float | None = None
+    """When a swap's commit or abort must have been answered; None: no answer is on its way."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -175,6 +208,59 @@ class DrainChange:
     pending: set[tuple[int, int]]
 
 
+class SwapPhase(enum.StrEnum):
+    """How far a swap is."""
+
+    PREPARE = "prepare"
+    """Every worker makes its new instance beside the old one."""
+    COMMIT = "commit"
+    """All have, and one worker tries it. Until it has confirmed nothing is decided."""
+    FOLLOW = "follow"
+    """Decided and recorded; the others follow."""
+    UNDO = "undo"
+    """Refused, and told; workers take back what they have prepared."""
+
+
+@dataclass(slots=True)
+class Share:
+    """One worker's share in a swap."""
+
+    awaits: Verb | None
+    """The command whose answer is on its way."""
+    prepared: dict[str, Any] | None = field(default=None, repr=False)
+    """Its report, once it has prepared."""
+    committed: dict[str, Any] | None = field(default=None, repr=False)
+    """Its report, once it has committed."""
+
+
+@dataclass(slots=True)
+class Swap:
+    """The replacement of one service in every worker of the current generation, all or nothing."""
+
+    operation: int
+    """Who waits for it; also its number in what workers are told."""
+    service: str
+    generation: int
+    version: int
+    """That of the new instance."""
+    shares: dict[int, Share]
+    """Worker → its share."""
+    phase: SwapPhase = SwapPhase.PREPARE
+    deadline: float | None = None
+    """When those that have not followed are reported."""
+
+    def clone(self) -> Swap:
+        """A copy that shares nothing that changes."""
+        other = copy(self)
+        other.shares = {key: copy(share) for key, share in self.shares.items()}
+        return other
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is recorded: from then on nothing undoes it."""
+        return self.phase is SwapPhase.FOLLOW
+
+
 @dataclass(slots=True)
 class State:
     """Everything that the lifecycle knows."""
@@ -196,6 +282,17 @@ class State:
     recover_at: float | None = None
     """When a reload is tried because nothing serves and the old code is gone."""
     recover_streak: int = 0
+    services: dict[str, ServiceRecord] = field(default_factory=dict)
+    """What was decided about services; it outlives generations. A service that was never swapped isn't in it."""
+    swap: Swap | None = None
+    """The one that runs: one at a time in the whole instance."""
+    swaps_queued: tuple[SwapAsked, ...] = ()
+    swaps_told: list[Swap] = field(default_factory=list)
+    """Those that were answered, while workers owe the last answers of theirs."""
+    swap_count: int = 0
+    """Swaps committed so far."""
+    scale_queued: ScaleAsked | None = None
+    """A change of the number of workers that was asked for while a swap ran."""
 
     def clone(self) -> State:
         """A copy that shares nothing that changes."""
@@ -205,6 +302,9 @@ class State:
         other.scaling = copy(self.scaling)
         other.stopping = copy(self.stopping)
         other.drained_watch = dict(self.drained_watch)
+        other.services = dict(self.services)
+        other.swap = self.swap.clone() if self.swap is not None else None
+        other.swaps_told = [swap.clone() for swap in self.swaps_told]
         if self.drain_change is not None:
             other.drain_change = DrainChange(self.drain_change.operation, set(self.drain_change.pending))
         return other
@@ -247,6 +347,15 @@ class DrainAsked(msgspec.Struct, frozen=True):
 
     operation: int
     mode: str | None
+
+
+class SwapAsked(msgspec.Struct, frozen=True):
+    """Somebody asks for another instance of a service, in every worker of the current generation."""
+
+    operation: int
+    service: str
+    query: dict[str, str]
+    """What the new instance shall be like. May be secret: never to be logged or shown."""
 
 
 class StopAsked(msgspec.Struct, frozen=True):
@@ -299,6 +408,9 @@ class WorkerPhased(WorkerEvent, frozen=True):
 
 class WorkerReady(WorkerEvent, frozen=True):
     """Started and warmed up."""
+
+    handover: float | None = None
+    """Seconds that its services may take to hand over, the largest of them; None: it has no services."""
 
 
 class WorkerBeat(WorkerEvent, frozen=True):
@@ -360,9 +472,55 @@ class DrainTold(WorkerEvent, frozen=True):
     error: str = ""
 
 
+class SwapPrepared(WorkerEvent, frozen=True):
+    """The answer to `swap prepare`; `error` is empty when the new instance is there, beside the old one."""
+
+    swap: int
+    error: str = ""
+    code: int = 409
+    """HTTP status that the error would have."""
+    details: dict[str, Any] = {}
+    report: dict[str, Any] = {}
+    """`choices` and `digest` must be the same in all workers; the rest is shown to whoever asked."""
+
+
+class SwapCommitted(WorkerEvent, frozen=True):
+    """The answer to `swap commit`; `error` is empty when the new instance has taken over."""
+
+    swap: int
+    error: str = ""
+    report: dict[str, Any] = {}
+    """`rewired`: the names of the dependents that were given the new instance; the rest is shown to whoever asked."""
+    rolled_back: bool = False
+    """With `error`: the worker has said itself that its old instance is in place. A call that broke, or was not
+    answered, leaves it False: nobody knows which instance that worker has, and it is replaced."""
+
+
+class SwapAborted(WorkerEvent, frozen=True):
+    """The answer to `swap abort`, which succeeds also where nothing was prepared."""
+
+    swap: int
+    error: str = ""
+
+
+class ServicesActivated(WorkerEvent, frozen=True):
+    """The answer to `services activate`."""
+
+    lead: bool
+    """As in the command."""
+    error: str = ""
+
+
+class ServicesDeactivated(WorkerEvent, frozen=True):
+    """The answer to `services deactivate`; `error` is empty only when none of its services takes work any more."""
+
+    error: str = ""
+
+
 Event = (
     ReloadAsked
     | ScaleAsked
+    | SwapAsked
     | DrainAsked
     | StopAsked
     | Prepared
@@ -389,6 +547,8 @@ class Spawn(msgspec.Struct, frozen=True):
     worker: int
     gated: bool
     drain_mode: str | None
+    services: dict[str, ServiceRecord]
+    """What was decided about services by now; of one that isn't in it, the worker starts what the code says."""
 
 
 class Verb(enum.StrEnum):
@@ -399,19 +559,54 @@ class Verb(enum.StrEnum):
     HAND_OVER = "hand over"
     STOP = "stop"
     DRAIN = "drain"
+    SERVICES_ACTIVATE = "services activate"
+    """Idempotent: what is active stays as it is."""
+    SERVICES_DEACTIVATE = "services deactivate"
+    SWAP_PREPARE = "swap prepare"
+    SWAP_COMMIT = "swap commit"
+    SWAP_ABORT = "swap abort"
 
 
 class Command(msgspec.Struct, frozen=True):
-    """Call a worker; its answer, or the lack of one within `timeout`, comes back as an event."""
+    """Call a worker; its answer, or the lack of one within `timeout`, comes back as exactly one event.
+
+    The calls to one worker are made one after the other, in the order of these effects; `timeout` counts from when
+    it is a call's turn. Only `swap prepare` (of `SwapCommand`) is made beside them.
+    """
 
     generation: int
     worker: int
     verb: Verb
     timeout: float
     budget: float = 0.0
-    """For `hand over` and `stop`: how many seconds the worker may take to finish."""
+    """For `hand over`, `stop` and both of `services`: how many seconds the worker may take to finish."""
     mode: str | None = None
     """For `drain`."""
+    lead: bool = False
+    """For `services activate`: also those that only one worker may have active."""
+
+
+class SwapCommand(msgspec.Struct, frozen=True):
+    """Call a worker about a swap; exactly one `SwapPrepared`, `SwapCommitted` or `SwapAborted` comes back.
+
+    `swap commit` and `swap abort` take their turn among the other calls to that worker. `swap prepare` may take
+    minutes and must not hold them up: it is made beside them. A worker is told to commit or to abort only after its
+    prepare has been answered, and to prepare another swap only when nothing of the last is left to be answered.
+    """
+
+    generation: int
+    worker: int
+    verb: Verb
+    """One of the three of a swap."""
+    swap: int
+    service: str
+    query: dict[str, str]
+    """For `swap prepare`; else empty."""
+    version: int
+    """That of the new instance."""
+    choices: dict[str, str]
+    """For `swap prepare`: those of the instance that is to be replaced; else empty."""
+    timeout: float
 
 
 class Kill(msgspec.Struct, frozen=True):
@@ -437,6 +632,12 @@ class Settle(msgspec.Struct, frozen=True):
     reason: str = ""
     output: str = ""
     generation: int | None = None
+    code: int = 409
+    """HTTP status of a refusal."""
+    details: dict[str, Any] = {}
+    """What else there is to say about a refusal, for machines."""
+    result: dict[str, Any] | None = None
+    """What came of it: of a swap, what its workers report."""
 
 
 class Promoted(msgspec.Struct, frozen=True):
@@ -473,4 +674,17 @@ class Exit(msgspec.Struct, frozen=True):
     status: int
 
 
-Effect = Prepare | Spawn | Command | Kill | Progress | Settle | Promoted | AllDrained | Released | Say | Exit
+Effect = (
+    Prepare
+    | Spawn
+    | Command
+    | SwapCommand
+    | Kill
+    | Progress
+    | Settle
+    | Promoted
+    | AllDrained
+    | Released
+    | Say
+    | Exit
+)

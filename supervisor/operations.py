@@ -10,6 +10,8 @@ import time
 from collections import deque
 from typing import Any
 
+from segue.supervisor.model import Settle
+
 _KEPT = 100
 """How many ended operations can still be asked for."""
 
@@ -17,8 +19,10 @@ _KEPT = 100
 class Operation:
     """One request for a change."""
 
-    def __init__(self, number: int, kind: str, asked_by: str) -> None:
+    def __init__(self, number: int, kind: str, asked_by: str, service: str = "") -> None:
         self.number = number
+        self.service = service
+        """The service that a swap is about."""
         self.kind = kind
         self.asked_by = asked_by
         self.started = time.time()
@@ -29,6 +33,10 @@ class Operation:
         self.reason = ""
         self.output = ""
         self.generation: int | None = None
+        self.code = 409
+        """HTTP status of a refusal."""
+        self.details: dict[str, Any] = {}
+        self.result: dict[str, Any] | None = None
         self.drained = False
         self.notes: list[str] = []
         self._phase_began = time.monotonic()
@@ -47,13 +55,17 @@ class Operation:
         self.phase = phase
         self._notify()
 
-    def settle(self, ok: bool, reason: str, output: str, generation: int | None) -> None:
+    def settle(self, outcome: Settle) -> None:
         """Give its outcome: the only one."""
         if self.ok is not None:
-            raise AssertionError(f"operation {self.number} has two outcomes: {self.reason!r} and {reason!r}")
+            raise AssertionError(
+                f"operation {self.number} has two outcomes: {self.reason!r} and {outcome.reason!r}"
+            )
         self._close_phase()
-        self.ok, self.reason, self.output, self.generation = ok, reason, output, generation
-        self.phase = "serving" if ok and self.kind == "reload" else "ended"
+        self.ok, self.reason, self.output = outcome.ok, outcome.reason, outcome.output
+        self.generation, self.result = outcome.generation, outcome.result
+        self.code, self.details = outcome.code, outcome.details
+        self.phase = "serving" if outcome.ok and self.kind == "reload" else "ended"
         self.ended = time.time()
         self._notify()
 
@@ -109,6 +121,8 @@ class Operation:
             "drained": self.drained,
             "phases": self.phases,
             "notes": self.notes,
+            **({"service": self.service} if self.service else {}),
+            **(self.result or {}),
         }
 
 
@@ -120,9 +134,9 @@ class Operations:
         self._order: deque[int] = deque()
         self._next = 1
 
-    def create(self, kind: str, asked_by: str) -> Operation:
+    def create(self, kind: str, asked_by: str, service: str = "") -> Operation:
         """A new one."""
-        operation = Operation(self._next, kind, asked_by)
+        operation = Operation(self._next, kind, asked_by, service)
         self._next += 1
         self._by_number[operation.number] = operation
         self._order.append(operation.number)

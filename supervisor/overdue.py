@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from segue.supervisor import handover, reports, staffing, succession
 from segue.supervisor import model as m
-from segue.supervisor import reports, staffing, succession
 from segue.supervisor.model import GenerationState, State, WorkerState
 from segue.supervisor.succession import PREPARE_TIMEOUT_S
 from segue.supervisor.turn import STOPPING_CAUSE, Turn
@@ -16,12 +16,13 @@ _WATCHED = frozenset({WorkerState.READY, WorkerState.ACTIVE, WorkerState.DRAININ
 
 def next_deadline(state: State) -> float | None:
     """When `TimePassed` is due next; None while nothing has a deadline."""
-    times = [state.recover_at, state.stopping.deadline if state.stopping else None]
+    times = [state.stopping.deadline if state.stopping else None]
+    times.append(state.swap.deadline if state.swap is not None else state.recover_at)
     for generation in state.generations.values():
         times.append(generation.deadline)
         times.extend(generation.respawn_at)
         for worker in generation.workers.values():
-            times.append(worker.deadline)
+            times += [worker.deadline, handover.next_deadline(worker)]
             if worker.state in _WATCHED:
                 times.append(worker.heard + generation.limits.heartbeat_timeout)
     return min((time for time in times if time is not None), default=None)
@@ -35,6 +36,8 @@ def paused(turn: Turn, event: m.Paused) -> None:
         turn.state.recover_at += shift
     if turn.state.stopping is not None and turn.state.stopping.deadline is not None:
         turn.state.stopping.deadline += shift
+    if turn.state.swap is not None and turn.state.swap.deadline is not None:
+        turn.state.swap.deadline += shift
     for generation in turn.state.generations.values():
         if generation.deadline is not None:
             generation.deadline = max(generation.deadline + shift, turn.now + PAUSE_GRACE_S)
@@ -43,6 +46,18 @@ def paused(turn: Turn, event: m.Paused) -> None:
             worker.heard = turn.now
             if worker.deadline is not None:
                 worker.deadline = max(worker.deadline + shift, turn.now + PAUSE_GRACE_S)
+            _shift_services(worker, shift)
+
+
+def _shift_services(worker: m.Worker, shift: float) -> None:
+    if worker.services_retry is not None:
+        worker.services_retry += shift
+    if worker.services_due is not None:
+        worker.services_due += shift
+    if worker.blocks_until is not None:
+        worker.blocks_until += shift
+    if worker.swap_due is not None:
+        worker.swap_due += shift
 
 
 def time_passed(turn: Turn, _event: m.TimePassed) -> None:
@@ -62,10 +77,6 @@ def time_passed(turn: Turn, _event: m.TimePassed) -> None:
                 _worker_late(turn, generation, worker)
             if worker.state in _WATCHED:
                 _check_heartbeat(turn, generation, worker)
-    if turn.state.recover_at is not None and turn.state.recover_at <= turn.now:
-        turn.state.recover_at = None
-        if succession.is_lost(turn):
-            succession.start_change(turn, ())
 
 
 def _generation_late(turn: Turn, generation: m.Generation) -> None:

@@ -14,16 +14,15 @@ def boot_phase(turn: Turn, _: m.Generation, worker: m.Worker, event: m.WorkerEve
     worker.phase = event.phase
 
 
-def became_ready(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
-    """It has started; what becomes of it is up to its generation."""
-    worker.state, worker.deadline = WorkerState.READY, None
+def became_ready(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
+    """It has started; what becomes of it is up to its generation. One of the current one is admitted in its turn."""
+    assert isinstance(event, m.WorkerReady)
+    worker.state, worker.deadline, worker.handover = WorkerState.READY, None, event.handover
     turn.say("info", "worker-ready", generation, worker)
     if generation.state is GenerationState.BOOTING:
         if all(other.state is WorkerState.READY for other in generation.workers.values()):
             succession.stage(turn, generation)
-    elif generation.id == turn.state.current:
-        turn.activate(generation, worker)
-    else:
+    elif generation.id != turn.state.current:
         turn.terminate(generation, worker, "it is no longer needed")
 
 

@@ -21,6 +21,9 @@ from segue.supervisor.setting_schema import ADDRESS_FORMS, OTHER_VARIABLES, Form
 from segue.supervisor.setting_table import BY_KEY, REFUSED, TABLE
 
 PREFIX = "SEGUE_"
+SERVICES = "services"
+"""The section that belongs to the application's services: ``[services.NAME]``. Workers read it, with every swap anew."""
+SERVICES_PREFIX = "SEGUE_SERVICES__"
 DEFAULT_FILES = ("segue.toml", "pyproject.toml")
 _TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
 _FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
@@ -178,6 +181,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
         if (
             not variable.startswith(PREFIX)
             or variable in known
+            or variable.startswith(SERVICES_PREFIX)
             or _from_kubernetes(variable, environ[variable])
         ):
             continue
@@ -263,6 +267,12 @@ def _level(table: dict[str, Any], source: str) -> _Level:
     level: _Level = {}
     for written, value in table.items():
         key = written.replace("_", "-")
+        if key == SERVICES:
+            if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
+                raise SettingsError(
+                    f"services ({source}): expected sections; write [services.NAME] above the keys"
+                )
+            continue
         if key in REFUSED:
             if value is False:
                 continue

@@ -185,6 +185,20 @@ TABLE: tuple[Setting, ...] = (
         default=30.0,
         minimum=0,
     ),
+    _integer(
+        "queue-limit",
+        _PROC,
+        "How many requests a worker holds at most during an operator's drain in the mode queue.",
+        default=1000,
+        minimum=1,
+        maximum=1_000_000,
+    ),
+    _seconds(
+        "queue-timeout",
+        _PROC,
+        "How long a request is held during such a drain before it is answered with 503.",
+        default=30.0,
+    ),
     _seconds(
         "stop-delay",
         _PROC,

@@ -65,6 +65,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout: float
     timeout_graceful_shutdown: float
     idle_grace: float
+    queue_limit: int
+    queue_timeout: float
     timeout_keep_alive: int
     heartbeat_timeout: float
     warm_up: tuple[str, ...]
@@ -124,6 +126,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         drain_timeout=values["drain-timeout"],
         timeout_graceful_shutdown=values["timeout-graceful-shutdown"],
         idle_grace=values["idle-grace"],
+        queue_limit=values["queue-limit"],
+        queue_timeout=values["queue-timeout"],
         timeout_keep_alive=values["timeout-keep-alive"],
         heartbeat_timeout=values["heartbeat-timeout"],
         warm_up=values["warm-up"],

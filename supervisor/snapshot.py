@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import msgspec
 
 from segue.handoff.listeners import Listener
-from segue.handoff.messages import WorkerSpec
+from segue.handoff.messages import ServiceRecord, WorkerSpec
 from segue.supervisor import settings as config
 from segue.supervisor.fingerprint import fingerprint
 from segue.supervisor.instance import Instance
@@ -50,7 +51,14 @@ class Snapshot(msgspec.Struct, frozen=True):
         """The fingerprint of what is on disk at this moment. Reads files: not for the event loop."""
         return _fingerprint(self.settings, self.app_dir, self.python)
 
-    def spec(self, instance: Instance, generation: int, worker: int, drain_mode: str | None) -> WorkerSpec:
+    def spec(
+        self,
+        instance: Instance,
+        generation: int,
+        worker: int,
+        drain_mode: str | None = None,
+        services: Mapping[str, ServiceRecord] | None = None,
+    ) -> WorkerSpec:
         """What worker number `worker` is told."""
         settings = self.settings
         return WorkerSpec(
@@ -72,6 +80,11 @@ class Snapshot(msgspec.Struct, frozen=True):
             health_path=settings.health_path,
             token=self.token,
             operator_drain=drain_mode,
+            settings_file=self.effective.file,
+            env_file=settings.uvicorn.get("env_file"),
+            services=dict(services or {}),
+            queue_limit=settings.queue_limit,
+            queue_timeout_s=settings.queue_timeout,
         )
 
 

@@ -23,6 +23,24 @@ def respawn_later(turn: Turn, generation: m.Generation) -> None:
     generation.respawn_at.append(turn.now + backoff(generation.streak))
 
 
+def admit(turn: Turn) -> None:
+    """Let workers that became ready in the current generation serve; while a swap is undecided they wait.
+
+    One that was started before the last swap was decided starts over with what was decided: that is nobody's fault.
+    """
+    state = turn.state
+    if state.current is None or (state.swap is not None and not state.swap.decided):
+        return
+    current = state.generations[state.current]
+    for worker in current.having(frozenset({WorkerState.READY})):
+        if worker.swaps_seen < state.swap_count:
+            replaces, worker.replaces = worker.replaces, None
+            turn.terminate(current, worker, "a service was swapped while it started")
+            turn.spawn(current, gated=True, replaces=replaces)
+        else:
+            turn.activate(current, worker)
+
+
 def fill(turn: Turn, generation: m.Generation) -> None:
     """Bring the current generation to the number of workers that it shall have."""
     if generation.id != turn.state.current or turn.state.ending:
@@ -93,6 +111,9 @@ def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
     """Another number of workers is wanted."""
     state = turn.state
     current = state.generations.get(state.current) if state.current is not None else None
+    if state.swap is not None and state.stopping is None:
+        _scale_after_swap(turn, event)
+        return
     refusal = ""
     if state.stopping is not None:
         refusal = STOPPING_CAUSE
@@ -117,6 +138,41 @@ def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
     state.scaling.operation = event.operation  # a nudge under way is overtaken; what it began at stays
     current.target, current.missing = count, 0
     fill(turn, current)
+
+
+def _scale_after_swap(turn: Turn, event: m.ScaleAsked) -> None:
+    if event.operation is None:
+        turn.state.scale_delta += event.delta
+    elif turn.state.scale_queued is not None:
+        turn.settle(event.operation, ok=False, reason="the number of workers is being changed already")
+    else:
+        turn.state.scale_queued = event
+        turn.effects.append(m.Progress((event.operation,), "queued"))
+
+
+def scale_queued(turn: Turn) -> None:
+    """What was asked for while something else changed has its turn."""
+    state = turn.state
+    if (
+        state.current is None
+        or state.stopping is not None
+        or state.swap is not None
+        or state.change is not None
+    ):
+        return
+    if state.scaling is None and state.scale_queued is not None:
+        event, state.scale_queued = state.scale_queued, None
+        scale_asked(turn, event)
+    if state.scaling is None and state.scale_delta:
+        delta, state.scale_delta = state.scale_delta, 0
+        scale_asked(turn, m.ScaleAsked(None, delta=delta))
+
+
+def refuse_queued(turn: Turn, reason: str) -> None:
+    """A stop has come."""
+    event, turn.state.scale_queued = turn.state.scale_queued, None
+    if event is not None and event.operation is not None:
+        turn.settle(event.operation, ok=False, reason=reason)
 
 
 def check_scaling(turn: Turn) -> None:

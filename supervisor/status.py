@@ -12,12 +12,15 @@ import psutil
 
 from segue import __version__
 from segue.handoff.http import CallError, call
-from segue.handoff.messages import HOT, WorkerStatus
+from segue.handoff.messages import HOT, WorkerMode, WorkerStatus
 from segue.supervisor.master import Master
+from segue.supervisor.merging import merge
 
 WORKER_TIMEOUT_S = 1.0
 """How long a worker may take to tell; a silent one is shown without figures."""
 _RELOADS_SHOWN = 20
+_COUNTED = frozenset({WorkerMode.READY, WorkerMode.ACTIVE})
+"""The modes of workers whose services count as those of the current generation."""
 
 _UNKNOWN: dict[str, Any] = {
     "rss_bytes": None,
@@ -41,10 +44,11 @@ async def status(master: Master) -> dict[str, Any]:
         "draining": state.drain_mode is not None,
         "drain_mode": state.drain_mode,
         "stopping": state.stopping is not None,
-        "services_initialized": {},
-        "hsp": None,
-        "mcp": None,
-        "metrics": {},
+        **merge(
+            answer.services
+            for (generation, _), answer in told.items()
+            if generation == state.current and isinstance(answer, WorkerStatus) and answer.mode in _COUNTED
+        ),
         "current": state.current,
         "generations": [_generation(master, number, told) for number in sorted(state.generations)],
         "master": {

@@ -7,7 +7,7 @@ asked. Whoever waits for something is answered by whatever makes that impossible
 from __future__ import annotations
 
 from segue.supervisor import model as m
-from segue.supervisor import staffing
+from segue.supervisor import staffing, swaps
 from segue.supervisor.model import GenerationState, WorkerState
 from segue.supervisor.staffing import backoff
 from segue.supervisor.turn import SLACK_S, STARTING_IDLE, STOPPING_CAUSE, Turn
@@ -17,10 +17,10 @@ _STOP_REASONS = {1: "it was not a clean stop", 3: "the first generation did not 
 
 
 def reload_asked(turn: Turn, event: m.ReloadAsked) -> None:
-    """Start a new generation, or after the one that is being started."""
+    """Start a new generation, or after the one that is being started, or the swap that runs."""
     if turn.state.stopping is not None:
         turn.settle(event.operation, ok=False, reason=STOPPING_CAUSE)
-    elif turn.state.change is not None:
+    elif turn.state.change is not None or turn.state.swap is not None:
         turn.state.queued += (event.operation,)
         turn.effects.append(m.Progress((event.operation,), "queued"))
     else:
@@ -90,7 +90,7 @@ def promote(turn: Turn, generation: m.Generation) -> None:
     if previous is not None:
         _drain(turn, turn.state.generations[previous])
     _check_drained(turn)
-    _after_change(turn)
+    start_queued(turn)
 
 
 def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") -> None:
@@ -112,13 +112,13 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
     release_if_empty(turn, generation)
     if change is not None and change.first and turn.state.stopping is None:
         begin_stop(turn, status=3)
-    _after_change(turn)
+    start_queued(turn)
     recover_if_lost(turn)
 
 
-def _after_change(turn: Turn) -> None:
-    """A change has ended: the requests that came meanwhile start the next one."""
-    if turn.state.stopping is not None or turn.state.change is not None:
+def start_queued(turn: Turn) -> None:
+    """The requests that came during a change, or a swap, start the next one once that has ended."""
+    if turn.state.stopping is not None or turn.state.change is not None or turn.state.swap is not None:
         return
     if turn.state.queued:
         operations, turn.state.queued = turn.state.queued, ()
@@ -130,6 +130,15 @@ def recover_if_lost(turn: Turn) -> None:
     if is_lost(turn) and turn.state.recover_at is None:
         turn.state.recover_at = turn.now + backoff(turn.state.recover_streak)
         turn.state.recover_streak += 1
+
+
+def recover_if_due(turn: Turn) -> None:
+    """The time has come to try; but a swap that is decided is told first."""
+    state = turn.state
+    if state.recover_at is not None and state.recover_at <= turn.now and state.swap is None:
+        state.recover_at = None
+        if is_lost(turn):
+            start_change(turn, ())
 
 
 def is_lost(turn: Turn) -> bool:
@@ -240,6 +249,7 @@ def stop_asked(turn: Turn, event: m.StopAsked) -> None:
                 if worker.cause == STOPPING_CAUSE:
                     stopping.status = stopping.status or 1  # it was to finish, and had not
                 turn.kill(generation, worker, "stop at once")
+        swaps.check(turn)
         _exit_if_empty(turn)
     elif not stopping.begun and event.delay <= 0:
         begin_stop(turn, stopping.status)
@@ -251,6 +261,8 @@ def _refuse_waiting(turn: Turn, reason: str) -> None:
     for operation in queued:
         turn.settle(operation, ok=False, reason=reason)
     staffing.end_scaling(turn, ok=False, reason=reason)
+    staffing.refuse_queued(turn, reason)
+    swaps.refuse_all(turn, reason)
     turn.state.recover_at = None
     end_drain_change(turn, ok=False, reason=reason)
     if turn.state.change is not None:
@@ -276,6 +288,7 @@ def begin_stop(turn: Turn, status: int) -> None:
             elif worker.state is not WorkerState.KILLED:
                 worker.cause = STOPPING_CAUSE
                 turn.stop_worker(generation, worker, generation.limits.stop_timeout)
+    swaps.check(turn)
     _exit_if_empty(turn)
 
 

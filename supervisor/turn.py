@@ -6,8 +6,10 @@ same place. Who is to be told what, and when, is decided in the modules that are
 
 from __future__ import annotations
 
+from typing import Any
+
 from segue.supervisor import model as m
-from segue.supervisor.model import GenerationState, State, Verb, WorkerState
+from segue.supervisor.model import GenerationState, ServicesState, State, Verb, WorkerState
 
 ACTIVATE_TIMEOUT_S = 10.0
 QUIET_TIMEOUT_S = 5.0
@@ -39,15 +41,25 @@ class Turn:
         *,
         budget: float = 0.0,
         mode: str | None = None,
+        lead: bool = False,
     ) -> None:
         """Call a worker."""
-        self.effects.append(m.Command(generation.id, worker.id, verb, timeout, budget, mode))
+        self.effects.append(m.Command(generation.id, worker.id, verb, timeout, budget, mode, lead))
 
     def settle(
-        self, operation: int, *, ok: bool, reason: str = "", output: str = "", generation: int | None = None
+        self,
+        operation: int,
+        *,
+        ok: bool,
+        reason: str = "",
+        output: str = "",
+        generation: int | None = None,
+        code: int = 409,
+        details: dict[str, Any] | None = None,
+        result: dict[str, Any] | None = None,
     ) -> None:
         """Give an operation its one answer."""
-        self.effects.append(m.Settle(operation, ok, reason, output, generation))
+        self.effects.append(m.Settle(operation, ok, reason, output, generation, code, details or {}, result))
 
     def say(
         self,
@@ -81,8 +93,10 @@ class Turn:
         if generation.id == self.state.current:
             worker.deadline = self.now + generation.limits.ready_timeout
         worker.drain_mode = self.state.drain_mode
+        worker.swaps_seen = self.state.swap_count
         generation.workers[number] = worker
-        self.effects.append(m.Spawn(generation.id, number, gated, self.state.drain_mode))
+        services = dict(self.state.services)
+        self.effects.append(m.Spawn(generation.id, number, gated, self.state.drain_mode, services))
 
     def activate(self, generation: m.Generation, worker: m.Worker) -> None:
         """Let it accept connections."""
@@ -102,7 +116,7 @@ class Turn:
         """First phase: all that leave stop accepting and reading the relay, before any of them sends."""
         for worker in workers:
             worker.state = WorkerState.QUIETING
-            worker.deadline = self.now + QUIET_TIMEOUT_S + SLACK_S
+            worker.deadline = self.now + self._busy_s(worker) + QUIET_TIMEOUT_S + SLACK_S
             self.command(generation, worker, Verb.QUIET, QUIET_TIMEOUT_S)
 
     def hand_over_if_quiet(self, generation: m.Generation) -> None:
@@ -112,7 +126,7 @@ class Turn:
         for worker in generation.having(frozenset({WorkerState.QUIET})):
             worker.state = WorkerState.DRAINING
             budget = generation.limits.drain_timeout
-            worker.deadline = self.now + budget + SLACK_S
+            worker.deadline = self.now + self._busy_s(worker) + budget + SLACK_S
             self.command(generation, worker, Verb.HAND_OVER, COMMAND_TIMEOUT_S, budget=budget)
 
     def leave(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
@@ -128,8 +142,45 @@ class Turn:
     def stop_worker(self, generation: m.Generation, worker: m.Worker, budget: float) -> None:
         """Let it finish within `budget` seconds, and end."""
         worker.state = WorkerState.STOPPING
-        worker.deadline = self.now + budget + 2 * SLACK_S
+        worker.deadline = self.now + self._busy_s(worker) + budget + 2 * SLACK_S
         self.command(generation, worker, Verb.STOP, COMMAND_TIMEOUT_S, budget=budget)
+
+    def activate_services(self, generation: m.Generation, worker: m.Worker, lead: bool) -> None:
+        """Let its services take work of their own; with `lead` also those that it alone may have active."""
+        worker.services, worker.lead = ServicesState.ACTIVATING, worker.lead or lead
+        self._call_services(generation, worker, Verb.SERVICES_ACTIVATE, worker.lead)
+
+    def deactivate_services(self, generation: m.Generation, worker: m.Worker) -> None:
+        """Let its services take no more work of their own."""
+        self._call_services(generation, worker, Verb.SERVICES_DEACTIVATE, False)
+
+    def _call_services(self, generation: m.Generation, worker: m.Worker, verb: Verb, lead: bool) -> None:
+        budget = worker.handover or 0.0
+        timeout = budget + COMMAND_TIMEOUT_S
+        worker.services_retry = None
+        worker.services_due = self.now + self._busy_s(worker) + timeout
+        self.command(generation, worker, verb, timeout, budget=budget, lead=lead)
+
+    def swap(
+        self,
+        swap: m.Swap,
+        worker: m.Worker,
+        verb: Verb,
+        timeout: float,
+        *,
+        query: dict[str, str] | None = None,
+        choices: dict[str, str] | None = None,
+    ) -> None:
+        """Tell a worker its part in a swap; what is secret goes with `swap prepare` only."""
+        swap.shares[worker.id].awaits = verb
+        if verb is not Verb.SWAP_PREPARE:  # which is called beside the others
+            worker.swap_due = self.now + self._busy_s(worker) + timeout
+        where = (swap.generation, worker.id, verb, swap.operation, swap.service)
+        self.effects.append(m.SwapCommand(*where, query or {}, swap.version, choices or {}, timeout))
+
+    def _busy_s(self, worker: m.Worker) -> float:
+        """How long what a worker is told now may have to wait for the answers to what it was told before."""
+        return max(0.0, max(worker.services_due or 0.0, worker.swap_due or 0.0) - self.now)
 
     def terminate(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
         """End a worker that serves nobody: SIGTERM, and SIGKILL if that isn't enough."""

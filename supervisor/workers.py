@@ -9,10 +9,13 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
+import msgspec
+
 from segue.handoff.http import CallError, Response, call
-from segue.handoff.messages import HOT, NotifyKey, WorkerMode
+from segue.handoff.messages import HOT, NotifyKey, SwapOrder, WorkerMode
 from segue.handoff.notify import Notification, NotifySocket
 from segue.supervisor import model, spawning
 from segue.supervisor.instance import Instance
@@ -29,6 +32,12 @@ _ANSWERS: dict[Verb, type[model.WorkerEvent]] = {
     Verb.HAND_OVER: model.HandingOver,
     Verb.STOP: model.StopTaken,
     Verb.DRAIN: model.DrainTold,
+    Verb.SERVICES_DEACTIVATE: model.ServicesDeactivated,
+}
+_SWAP_PATHS = {
+    Verb.SWAP_PREPARE: f"{HOT}/swap/prepare",
+    Verb.SWAP_COMMIT: f"{HOT}/swap/commit",
+    Verb.SWAP_ABORT: f"{HOT}/swap/abort",
 }
 
 
@@ -86,18 +95,19 @@ class Workers:
 
     # Starting
 
-    def spawn(self, key: Key, taken: Snapshot, gated: bool, drain_mode: str | None) -> None:
+    def spawn(self, effect: model.Spawn, taken: Snapshot) -> None:
         """Start a worker of the generation that `taken` is; gated, only if the code is still the same."""
-        if gated:
-            self._starting[key] = self._start_task(self._spawn_if_same(key, taken, drain_mode))
+        if effect.gated:
+            key = (effect.generation, effect.worker)
+            self._starting[key] = self._start_task(self._spawn_if_same(key, effect, taken))
         else:
-            self._spawn(key, taken, gated, drain_mode)
+            self._spawn(effect, taken)
 
-    async def _spawn_if_same(self, key: Key, taken: Snapshot, drain_mode: str | None) -> None:
+    async def _spawn_if_same(self, key: Key, effect: model.Spawn, taken: Snapshot) -> None:
         same = await self._same_code(key, taken)
         del self._starting[key]
         if same:
-            self._spawn(key, taken, True, drain_mode)
+            self._spawn(effect, taken)
 
     async def _same_code(self, key: Key, taken: Snapshot) -> bool:
         try:
@@ -109,8 +119,9 @@ class Workers:
             self._put(model.CodeChanged(*key, what))
         return same
 
-    def _spawn(self, key: Key, taken: Snapshot, gated: bool, drain_mode: str | None) -> None:
-        spec = taken.spec(self._instance, *key, drain_mode)
+    def _spawn(self, effect: model.Spawn, taken: Snapshot) -> None:
+        key = (effect.generation, effect.worker)
+        spec = taken.spec(self._instance, *key, effect.drain_mode, effect.services)
         listeners = {listener.info.name: listener.sock for listener in taken.listeners}
         try:
             process = spawning.spawn(
@@ -119,15 +130,15 @@ class Workers:
         except spawning.SpawnError as error:
             self._put(model.WorkerExited(*key, reason=str(error)))
             return
-        self.children[key] = Child(process, taken, gated)
+        self.children[key] = Child(process, taken, effect.gated)
         self._pids[process.pid] = key
         self._log("info", "worker-spawned", generation=key[0], worker=key[1], pid=process.pid)
         self._loop.add_reader(process.pidfd, self._on_exit, key)
 
-    async def _ready_if_same(self, key: Key, taken: Snapshot) -> None:
+    async def _ready_if_same(self, key: Key, taken: Snapshot, ready: model.WorkerReady) -> None:
         """The code may have changed while the respawn was importing it."""
         if await self._same_code(key, taken):
-            self._put(model.WorkerReady(*key))
+            self._put(ready)
 
     # Ending
 
@@ -170,18 +181,58 @@ class Workers:
     ) -> None:
         if before is not None:
             await asyncio.wait([before])
-        error = ""
+        answer = await self._answer(child, target, effect.timeout)
+        error = answer if isinstance(answer, str) else _error(answer)
+        if effect.verb is Verb.SERVICES_ACTIVATE:
+            self._put(model.ServicesActivated(effect.generation, effect.worker, effect.lead, error))
+        else:
+            self._put(_ANSWERS[effect.verb](effect.generation, effect.worker, error))  # type: ignore[call-arg]
+
+    async def _answer(self, child: Child, target: str, timeout_s: float, body: bytes = b"") -> Response | str:
+        """What a worker answers, or why it doesn't."""
         try:
-            answer = await call(child.process.control_path, "POST", target, timeout_s=effect.timeout)
-            if answer.status >= 400:
-                error = _detail(answer)
+            return await call(child.process.control_path, "POST", target, timeout_s=timeout_s, body=body)
         except CallError as failure:
-            error = str(failure)
             # a process that dies closes its sockets first: its death, which says more, goes before the broken call
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DEATH_FOLLOWS_S):
                     await child.ended.wait()
-        self._put(_ANSWERS[effect.verb](effect.generation, effect.worker, error))  # type: ignore[call-arg]
+            return str(failure)
+
+    def swap(self, effect: model.SwapCommand) -> None:
+        """Call a worker about a swap. A prepare, which may take minutes, is made beside the other calls."""
+        child = self.children.get((effect.generation, effect.worker))
+        if child is None:
+            return
+        if effect.verb is Verb.SWAP_PREPARE:
+            self._start_task(self._call_swap(effect, child, None))
+        else:
+            child.last_call = self._start_task(self._call_swap(effect, child, child.last_call))
+
+    async def _call_swap(
+        self, effect: model.SwapCommand, child: Child, before: asyncio.Task[None] | None
+    ) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        order = SwapOrder(effect.swap, effect.service, effect.query, effect.version, effect.choices)
+        answer = await self._answer(
+            child, _SWAP_PATHS[effect.verb], effect.timeout, msgspec.json.encode(order)
+        )
+        key = (effect.generation, effect.worker)
+        error = answer if isinstance(answer, str) else _error(answer)
+        document = {} if isinstance(answer, str) else answer.json()
+        if effect.verb is Verb.SWAP_ABORT:
+            self._put(model.SwapAborted(*key, effect.swap, error))
+        elif effect.verb is Verb.SWAP_COMMIT:
+            rolled_back = isinstance(answer, Response) and answer.status == HTTPStatus.CONFLICT
+            report = {} if error else document
+            self._put(model.SwapCommitted(*key, effect.swap, error, report, rolled_back))
+        elif error:
+            code = HTTPStatus.CONFLICT if isinstance(answer, str) else answer.status
+            details = {"known": document["known"]} if "known" in document else {}
+            self._put(model.SwapPrepared(*key, effect.swap, error, code, details))
+        else:
+            self._put(model.SwapPrepared(*key, effect.swap, report=document))
 
     # Listening
 
@@ -201,10 +252,12 @@ class Workers:
             self._put(model.WorkerPhased(*key, phase))
         if NotifyKey.READY in fields and not child.is_ready:
             child.is_ready = True
+            handover = fields.get(NotifyKey.HANDOVER)
+            ready = model.WorkerReady(*key, None if handover is None else float(handover))
             if child.gated:
-                self._start_task(self._ready_if_same(key, child.taken))
+                self._start_task(self._ready_if_same(key, child.taken, ready))
             else:
-                self._put(model.WorkerReady(*key))
+                self._put(ready)
         if (why := fields.get(NotifyKey.RECYCLE)) is not None:
             self._put(model.WorkerAsks(*key, why))
         drained = fields.get(NotifyKey.STATE) == WorkerMode.DRAINED
@@ -222,13 +275,22 @@ def _target(effect: model.Command, listeners: Iterable[str], siblings: int) -> s
             return f"{HOT}/drain/start?mode=handover&timeout={effect.budget:g}&listeners={names}"
         case Verb.STOP:
             return f"{HOT}/stop?timeout={effect.budget:g}"
+        case Verb.SERVICES_ACTIVATE:
+            return f"{HOT}/services/activate?lead={int(effect.lead)}&timeout={effect.budget:g}"
+        case Verb.SERVICES_DEACTIVATE:
+            return f"{HOT}/services/deactivate?timeout={effect.budget:g}"
+        case Verb.DRAIN if effect.mode:
+            return f"{HOT}/drain/start?mode={effect.mode}"
         case Verb.DRAIN:
-            return (
-                f"{HOT}/drain/start?mode={effect.mode}" if effect.mode else f"{HOT}/drain/stop?mode=operator"
-            )
+            return f"{HOT}/drain/stop?mode=operator"
+        case _:
+            raise ValueError(f"{effect.verb} is not a simple command")
 
 
-def _detail(answer: Response) -> str:
+def _error(answer: Response) -> str:
+    """Why a worker refuses; empty if it doesn't."""
+    if answer.status < HTTPStatus.BAD_REQUEST:
+        return ""
     try:
         return str(answer.json().get("detail"))
     except (ValueError, AttributeError):

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from segue.supervisor import lifecycle
+from segue.supervisor import lifecycle, swaps
 from segue.supervisor import model as m
-from segue.supervisor.model import GenerationState, Verb, WorkerState
+from segue.supervisor.model import GenerationState, ServicesState, SwapPhase, Verb, WorkerState
 
 LIMITS = m.Limits(ready_timeout=20.0, drain_timeout=60.0, stop_timeout=10.0, heartbeat_timeout=9.0)
 BOOT_S = 1.0
@@ -30,6 +30,11 @@ LATENCY_S = 0.01
 GATE_S = 0.05
 SLOW_GATE_S = 8.0
 LATE_S = 1.0
+HANDOVER_S = 10.0
+PREPARE_S = 0.5
+"""How long a worker takes to make a new instance of a service."""
+PREPARE_LIMIT_S = 300.0
+"""After that a worker gives up by itself."""
 STEPS_AT_ONCE = 2000
 """More steps than this without any time passing are a busy loop."""
 
@@ -56,6 +61,22 @@ WEATHERS = (
     "slow disk",
     "stubborn",
 )
+FAULTS = (
+    "refuses prepare",
+    "hangs in prepare",
+    "dies in prepare",
+    "differs",
+    "refuses commit",
+    "silent commit",
+    "dies in commit",
+    "refuses abort",
+    "dies in abort",
+    "refuses services",
+    "never deactivates",
+)
+"""What services do to their workers: `World.faults` says to which."""
+WHO = ("all", "odd", "even")
+SWAP_VERBS = frozenset({Verb.SWAP_PREPARE, Verb.SWAP_COMMIT, Verb.SWAP_ABORT})
 SETTINGS = ("good", "broken", "late", "never read")
 
 ANSWERS: dict[Verb, type[Any]] = {
@@ -64,6 +85,7 @@ ANSWERS: dict[Verb, type[Any]] = {
     Verb.HAND_OVER: m.HandingOver,
     Verb.STOP: m.StopTaken,
     Verb.DRAIN: m.DrainTold,
+    Verb.SERVICES_DEACTIVATE: m.ServicesDeactivated,
 }
 
 
@@ -71,8 +93,25 @@ ANSWERS: dict[Verb, type[Any]] = {
 class Call:
     """A command on its way to a worker."""
 
-    command: m.Command
+    command: m.Command | m.SwapCommand
     answered: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def event(self, error: str, own: bool) -> m.WorkerEvent:
+        """What the shell makes of its end; `own`: the worker has said so itself."""
+        command, key = self.command, (self.command.generation, self.command.worker)
+        if isinstance(command, m.Command):
+            if command.verb is Verb.SERVICES_ACTIVATE:
+                return m.ServicesActivated(*key, command.lead, error)
+            answer: m.WorkerEvent = ANSWERS[command.verb](*key, error)
+            return answer
+        report = {} if error else self.report
+        if command.verb is Verb.SWAP_PREPARE:
+            known = {"known": ["model"]} if own and error else {}
+            return m.SwapPrepared(*key, command.swap, error, 404 if known else 409, known, report)
+        if command.verb is Verb.SWAP_COMMIT:
+            return m.SwapCommitted(*key, command.swap, error, report, rolled_back=own and bool(error))
+        return m.SwapAborted(*key, command.swap, error)
 
 
 @dataclass(eq=False)
@@ -94,6 +133,17 @@ class Process:
     stopped_by_master: bool = False
     calls: deque[Call] = field(default_factory=deque)
     call: Call | None = None
+    beside: list[Call] = field(default_factory=list)
+    """Calls that are made beside the others."""
+    deaf: bool = False
+    """It has left a call without an answer."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Service → the version that it has; those that were never swapped are not in it."""
+    prepared: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Swap → the service and the version that it has beside the old one."""
+    services_active: bool = False
+    leads: bool = False
+    """Whether the services that only one process may have active are active here."""
     backlog: list[Callable[[], None]] = field(default_factory=list)
     """What it does once its loop turns again."""
 
@@ -105,9 +155,17 @@ class Process:
 class World:
     """One instance of segue, and everything around it."""
 
-    def __init__(self, workers: int = 2, limits: m.Limits = LIMITS) -> None:
+    def __init__(
+        self, workers: int = 2, limits: m.Limits = LIMITS, handover: float | None = HANDOVER_S
+    ) -> None:
         self.now = 1000.0
         self.limits = limits
+        self.handover = handover
+        """Seconds that services may take to hand over; None: the application has none."""
+        self.faults: dict[str, str] = {}
+        """What services do wrong, and in which workers: one of `WHO`."""
+        self.superseded: dict[int, float] = {}
+        """Generation → when another became the current one."""
         self.state = m.State()
         self.processes: dict[Key, Process] = {}
         self.code = 1
@@ -155,6 +213,10 @@ class World:
     def nudge(self, delta: int) -> None:
         """TTIN or TTOU."""
         self.put(m.ScaleAsked(None, delta=delta))
+
+    def swap(self, service: str = "model", **query: str) -> int:
+        """Ask for another instance of a service."""
+        return self._ask(lambda number: m.SwapAsked(number, service, query))
 
     def drain(self, mode: str | None) -> int:
         return self._ask(lambda number: m.DrainAsked(number, mode))
@@ -357,7 +419,7 @@ class World:
                     )
                 else:
                     self._spawn(effect)
-            case m.Command():
+            case m.Command() | m.SwapCommand():
                 self._command(effect)
             case m.Kill(generation, worker, now):
                 self._kill((generation, worker), now)
@@ -366,8 +428,10 @@ class World:
                 assert operation not in self.answers, f"operation {operation} has two answers"
                 self.answers[operation] = effect
                 self._check_truth(effect, effects)
-            case m.Promoted(generation):
+            case m.Promoted(generation, previous):
                 self._check_promotion(before.generations[generation])
+                if previous is not None:
+                    self.superseded[previous] = self.now
                 self.promoted.append(generation)
             case m.AllDrained(generation):
                 self.drained.append(generation)
@@ -419,39 +483,68 @@ class World:
             if weather in self.weather:
                 behaviour = {"boots fail": "exits", "boots hang": "hangs"}[weather]
         process = Process(key, behaviour, effect.gated, effect.drain_mode)
+        process.versions = {name: record.version for name, record in effect.services.items()}
         self.processes[key] = process
         self._boot(process)
 
-    def _command(self, command: m.Command) -> None:
+    def _command(self, command: m.Command | m.SwapCommand) -> None:
         process = self.processes.get((command.generation, command.worker))
         if process is None or not process.alive:
             return
-        process.calls.append(Call(command))
-        self._next_call(process)
+        call = Call(command)
+        if isinstance(command, m.SwapCommand):
+            self._check_swap_command(process, command)
+        if command.verb is Verb.SWAP_PREPARE:
+            process.beside.append(call)
+            self._send(process, call)
+        else:
+            process.calls.append(call)
+            self._next_call(process)
+
+    def _check_swap_command(self, process: Process, command: m.SwapCommand) -> None:
+        pending = [*process.beside, *process.calls, *([process.call] if process.call else [])]
+        swaps = [call.command.verb for call in pending if call.command.verb in SWAP_VERBS]
+        assert not swaps, f"{command.verb}, while {swaps} is not answered; {self.describe()}"
+        if command.verb is not Verb.SWAP_PREPARE:
+            assert not command.query
+            assert not command.choices
 
     def _next_call(self, process: Process) -> None:
         if process.call is not None or not process.calls:
             return
-        call = process.call = process.calls.popleft()
-        self._at(call.command.timeout, lambda: self._answer(process, call, "no answer in time"))
+        process.call = process.calls.popleft()
+        self._send(process, process.call)
+
+    def _send(self, process: Process, call: Call) -> None:
+        command = call.command
+        self._at(command.timeout, lambda: self._answer(process, call, "no answer in time"))
         if "requests lost" in self.weather:
             return
         refused = "commands refused" in self.weather
         answer_lost = "answers lost" in self.weather
 
         def arrive() -> None:
-            error = "not now" if refused else self._obey(process, call.command)
-            if error is not None and not answer_lost:
-                self._answer(process, call, error)
+            if refused:
+                error: str | None = "not now"
+            elif isinstance(command, m.SwapCommand):
+                error = self._obey_swap(process, call, command)
+            else:
+                error = self._obey(process, command)
+            if error is not None and not answer_lost and process.alive:
+                self._answer(process, call, error, own=True)
 
-        self._at(LATENCY_S, lambda: self._act(process, arrive))
+        delay = PREPARE_S if command.verb is Verb.SWAP_PREPARE else LATENCY_S
+        self._at(delay, lambda: self._act(process, arrive))
 
-    def _answer(self, process: Process, call: Call, error: str) -> None:
+    def _answer(self, process: Process, call: Call, error: str, own: bool = False) -> None:
         if call.answered:
             return
         call.answered = True
-        command = call.command
-        self._tell(ANSWERS[command.verb](command.generation, command.worker, error))
+        process.deaf = process.deaf or not own
+        self._tell(call.event(error, own))
+        if call in process.beside:
+            process.beside.remove(call)
+            return
         process.call = None
         if process.alive:
             self._next_call(process)
@@ -524,7 +617,7 @@ class World:
                 gate_s = SLOW_GATE_S if "slow disk" in self.weather else GATE_S
                 self._at(gate_s, lambda: self._ready_if_same(process))
             else:
-                self._say(process, m.WorkerReady(*process.key))
+                self._say(process, m.WorkerReady(*process.key, self.handover))
         if process.wants_recycling:
             self._say(process, m.WorkerAsks(*process.key, "limit_max_requests"))
         drained = process.mode == "drained"
@@ -538,7 +631,7 @@ class World:
         if self.releases[process.key[0]][0] != self.code:
             self._tell(m.CodeChanged(*process.key, "the code has changed"))
         else:
-            self._tell(m.WorkerReady(*process.key))
+            self._tell(m.WorkerReady(*process.key, self.handover))
 
     def _obey(self, process: Process, command: m.Command) -> str | None:
         """Do it; the error, or "" when it is done, or None for no answer."""
@@ -572,6 +665,52 @@ class World:
                 self._stop(process, command.budget)
             case Verb.DRAIN:
                 process.operator_drain = command.mode
+            case Verb.SERVICES_ACTIVATE:
+                if self._has(process, "refuses services"):
+                    return "no broker"
+                process.services_active = True
+                process.leads = process.leads or command.lead
+            case Verb.SERVICES_DEACTIVATE:
+                if self._has(process, "never deactivates"):
+                    return None
+                process.services_active = process.leads = False
+        return ""
+
+    def _has(self, process: Process, fault: str) -> bool:
+        """Whether a worker's services do this wrong."""
+        who = self.faults.get(fault)
+        return who == "all" or who == ("odd" if process.key[1] % 2 else "even")
+
+    def _obey_swap(self, process: Process, call: Call, command: m.SwapCommand) -> str | None:
+        if process.mode in {"booting", "stopping"}:
+            return f"it is {process.mode}"
+        phase = command.verb.value.removeprefix("swap ")
+        if self._has(process, f"dies in {phase}"):
+            self._harm(process.key[0])
+            self._die(process, -11, "crashed")
+            return None
+        if self._has(process, f"refuses {phase}"):
+            return f"no {phase}"
+        match command.verb:
+            case Verb.SWAP_PREPARE:
+                if self._has(process, "hangs in prepare"):
+                    self._at(PREPARE_LIMIT_S, lambda: self._answer(process, call, "took too long", own=True))
+                    return None
+                process.prepared[command.swap] = command.service, command.version
+                differs = self._has(process, "differs")
+                call.report = {
+                    "choices": dict(command.choices) | command.query,
+                    "digest": str(process.key) if differs else "same",
+                    "build_s": PREPARE_S,
+                }
+            case Verb.SWAP_COMMIT:
+                service, version = process.prepared.pop(command.swap)
+                process.versions[service] = version
+                call.report = {"rewired": ["cache", f"router-{process.key[1]}"], "moved": True}
+                if self._has(process, "silent commit"):
+                    return None
+            case _:
+                process.prepared.pop(command.swap, None)
         return ""
 
     def _finish(self, process: Process) -> None:
@@ -585,6 +724,7 @@ class World:
             return
         work_s = process.work_s if process.mode not in {"booting", "ready"} else 0.0
         self._mode(process, "stopping")
+        process.services_active = process.leads = False
         status = 0 if work_s <= budget else 1
         self._at(
             0.2 + min(work_s, budget),
@@ -603,8 +743,10 @@ class World:
         if process.stopped_by_master and status != 0 and process.work_s > 0 and self.state.ending:
             self.cut_at_stop = True
         self._tell(m.WorkerExited(*process.key, reason, output, status))
-        for call in process.calls:
-            self._tell(ANSWERS[call.command.verb](*process.key, "no such socket"))
+        for call in [*process.beside, *process.calls]:
+            if not call.answered:
+                call.answered = True
+                self._tell(call.event("no such socket", own=False))
 
     # ----------------------------------------------------------------------------- what an effect may say
 
@@ -633,6 +775,9 @@ class World:
                 serving = current.having(m.SERVING)
                 assert current.target == len(serving) == asked.count, f"not done: {asked}; {self.describe()}"
             assert not current.missing
+        elif isinstance(asked, m.SwapAsked):
+            assert settled.result is not None
+            self._check_swap(asked, settled.result)
         elif isinstance(asked, m.DrainAsked):
             for process in self.live():
                 generation = self.state.generations.get(process.key[0])
@@ -641,6 +786,18 @@ class World:
                     assert process.operator_drain == asked.mode, f"{process.key} was not told of {asked.mode}"
         elif isinstance(asked, m.StopAsked):
             assert not self.live(), "stopped, but there are workers"
+
+    def _check_swap(self, asked: m.SwapAsked, result: dict[str, Any]) -> None:
+        """Whoever takes part and can be spoken with has what was decided."""
+        version = self.state.services[asked.service].version
+        assert (result["service"], result["version"]) == (asked.service, version)
+        assert "choices" not in str(result)
+        assert self.state.current is not None
+        for worker in self.state.generations[self.state.current].having(m.TAKING_PART):
+            process = self.processes[self.state.current, worker.id]
+            assert not process.alive or process.versions.get(asked.service, 1) == version, (
+                f"{process.key} does not have version {version}; {self.describe()}"
+            )
 
     def _check_exit(self, status: int) -> None:
         assert not self.live(), f"exit with living workers; {self.describe()}"
@@ -661,13 +818,19 @@ class World:
             f"at {self.now:.2f}: current={self.state.current} change={self.state.change} scaling={self.state.scaling}"
         ]
         lines += [f"  weather={self.weather} settings={self.settings} stopping={self.state.stopping}"]
+        lines += [f"  faults={self.faults} services={self.state.services} swaps={self.state.swap_count}"]
+        lines += [f"  swap={self.state.swap} queued={self.state.swaps_queued} told={self.state.swaps_told}"]
         for generation in self.state.generations.values():
             lines.append(
                 f"  generation {generation.id} {generation.state} target={generation.target} missing={generation.missing}"
                 f" deadline={generation.deadline} respawn_at={generation.respawn_at}"
             )
             lines += [f"    {worker}" for worker in generation.workers.values()]
-        lines += [f"  process {process.key} {process.mode} hung={process.hung}" for process in self.live()]
+        lines += [
+            f"  process {process.key} {process.mode} hung={process.hung} versions={process.versions}"
+            f" services={process.services_active} leads={process.leads} call={process.call}"
+            for process in self.live()
+        ]
         return "\n".join(lines)
 
     # ---------------------------------------------------------------------------------------- in the end
@@ -677,9 +840,12 @@ class World:
         if self.exit is not None:
             return
         self.weather.clear()
+        self.faults.clear()
         self.settings = "good"
         if self.behaviour not in {"good", "slow"}:
             self.deploy("good")
+        if self.state.swap is not None or self.state.swaps_told:
+            self.run(swaps.SWAP_PREPARE_TIMEOUT_S + swaps.SWAP_ABORT_TIMEOUT_S)
         self.run(6 * (self.limits.drain_timeout + lifecycle.PREPARE_TIMEOUT_S))
 
     def check_settled(self) -> None:
@@ -702,6 +868,17 @@ class World:
         assert self.state.scaling is None
         assert not self.state.drained_watch
         assert current.missing == 0
+        assert self.state.scale_queued is None
+        assert self.state.swap is None
+        assert not self.state.swaps_queued
+        assert not self.state.swaps_told
+        decided = {name: record.version for name, record in self.state.services.items()}
+        assert all(process.versions == decided for process in self.live()), self.describe()
+        if self.handover is not None:
+            assert [process.leads for process in self.live()].count(True) == 1, self.describe()
+            assert all(process.services_active for process in self.live()), self.describe()
+            services = {worker.services for worker in current.workers.values()}
+            assert services == {ServicesState.ACTIVE}, self.describe()
 
     def end(self) -> None:
         """Stop it; everything ends and everybody is answered."""
@@ -734,6 +911,10 @@ class Checks:
             self.never_zero_serving,
             self.numbers,
             self.ways_on,
+            self.one_lead,
+            self.services_cease,
+            self.versions,
+            self.swaps_go_on,
         ):
             check()
 
@@ -863,6 +1044,8 @@ class Checks:
             replacing = any(worker.replaces is not None for worker in generation.workers.values())
             for worker in generation.workers.values():
                 match worker.state:
+                    case WorkerState.READY if state.swap is not None and not state.swap.decided:
+                        on = True
                     case WorkerState.BOOTING | WorkerState.READY:
                         on = worker.deadline is not None or generation.deadline is not None
                     case WorkerState.ACTIVE:
@@ -882,7 +1065,7 @@ class Checks:
             GenerationState.STAGED,
         }:
             self.fail("the reload has ended, and doesn't know")
-        if state.queued and state.change is None:
+        if state.queued and state.change is None and state.swap is None:
             self.fail("reloads are queued behind nothing")
         if state.scaling is not None and state.scaling.operation is not None:
             current = state.generations[state.scaling.generation]
@@ -890,3 +1073,72 @@ class Checks:
                 going = frozenset({WorkerState.STOPPING, WorkerState.KILLED})
                 if not current.having(going):
                     self.fail("the scaling waits for nothing")
+
+    # Services
+
+    def one_lead(self) -> None:
+        """What only one process may have active never is in two; and the lifecycle knows of every one that has."""
+        if len([process for process in self.world.live() if process.leads]) > 1:
+            self.fail("two processes have active what only one may have")
+        workers = {(g.id, w.id): w for g in self.after.generations.values() for w in g.workers.values()}
+        if [worker.lead for worker in workers.values()].count(True) > 1:
+            self.fail("two workers may lead")
+        for process in self.world.live():
+            worker = workers.get(process.key)
+            if worker is not None and process.leads and not worker.lead:
+                self.fail(f"{process.key} leads, and that isn't known")
+            if worker is not None and process.services_active and worker.services is ServicesState.IDLE:
+                self.fail(f"{process.key} has active services, and that isn't known")
+
+    def services_cease(self) -> None:
+        """In a generation that no longer serves, and that can be spoken with, services cease in time."""
+        for process in self.world.live():
+            number = process.key[0]
+            if not process.services_active or number == self.after.current:
+                continue
+            since = self.world.superseded.get(number)
+            if since is None:
+                self.fail(f"{process.key} has active services, and its generation has never served")
+            elif number not in self.world.harmed and not process.deaf and not self.world.faults:
+                late = self.world.now - since - HANDOVER_S
+                if late > LATE_S:
+                    self.fail(f"{process.key} still has active services {late:.1f} s too late")
+
+    def versions(self) -> None:
+        """Whoever serves has what was decided, or follows, or is to be replaced."""
+        swap = self.after.swap
+        if self.after.current is None:
+            return
+        for worker in self.after.generations[self.after.current].having(m.TAKING_PART):
+            process = self.world.processes[self.after.current, worker.id]
+            share = swap.shares.get(worker.id) if swap is not None else None
+            commits = share is not None and share.awaits is Verb.SWAP_COMMIT
+            if not process.alive or worker.replace_why or commits:
+                continue
+            for service, record in self.after.services.items():
+                if process.versions.get(service, 1) != record.version:
+                    self.fail(f"{process.key} has another version of {service} than {record.version}")
+            if process.versions.keys() - self.after.services.keys():
+                self.fail(f"{process.key} has what was never decided")
+
+    def swaps_go_on(self) -> None:
+        """A swap that runs waits for something, and so do those that are queued."""
+        state, swap = self.after, self.after.swap
+        if swap is not None and (state.change is not None or state.scaling is not None):
+            self.fail("a swap runs beside a reload or a change of the number of workers")
+        if swap is not None:
+            waits = any(share.awaits for share in swap.shares.values())
+            activating = state.generations[swap.generation].having(frozenset({WorkerState.ACTIVATING}))
+            if not swap.decided and not waits and not (swap.phase is SwapPhase.PREPARE and activating):
+                self.fail("the swap waits for nothing")
+            if swap.decided and swap.deadline is None:
+                self.fail("the swap may wait for ever")
+        if state.scale_queued is not None and not (swap or state.change or state.scaling):
+            self.fail("a change of the number of workers is queued behind nothing")
+        if state.swaps_queued and not (
+            swap or state.change or state.scaling or state.swaps_told or state.queued
+        ):
+            assert state.current is not None
+            current = state.generations[state.current]
+            if not current.respawn_at and not current.having(m.STARTING):
+                self.fail("swaps are queued behind nothing")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from simulator import CODES, SETTINGS, WEATHERS, Process, World
+from simulator import CODES, FAULTS, SETTINGS, WEATHERS, WHO, Process, World
 
 from segue.supervisor import lifecycle
 from segue.supervisor import model as m
@@ -39,9 +39,10 @@ class AnyOrder(RuleBasedStateMachine):
         workers=st.integers(1, 3),
         behaviour=st.sampled_from(("good", "good", "good", *CODES)),
         ready=st.booleans(),
+        services=st.sampled_from((True, True, True, False)),
     )
-    def start(self, workers: int, behaviour: str, ready: bool) -> None:
-        self.world = World(workers)
+    def start(self, workers: int, behaviour: str, ready: bool, services: bool) -> None:
+        self.world = World(workers) if services else World(workers, handover=None)
         self.world.behaviour = behaviour
         self.world.reload()
         if ready:
@@ -73,6 +74,21 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(mode=st.sampled_from(("reject", "queue", None)))
     def drain(self, mode: str | None) -> None:
         self.world.drain(mode)
+
+    @rule(service=st.sampled_from(("model", "limits")))
+    def swap(self, service: str) -> None:
+        self.world.swap(service, name="other")
+
+    @rule(fault=st.sampled_from(FAULTS), who=st.sampled_from(WHO))
+    def services_do_wrong(self, fault: str, who: str) -> None:
+        if self.world.faults.pop(fault, None) is None:
+            self.world.faults[fault] = who
+
+    @rule(fault=st.sampled_from(FAULTS), who=st.sampled_from(WHO), seconds=st.sampled_from((0.4, 0.6, 70.0)))
+    def swap_with_a_fault(self, fault: str, who: str, seconds: float) -> None:
+        self.world.faults[fault] = who
+        self.world.swap()
+        self.world.run(seconds)
 
     @precondition(lambda self: len(self.world.answers) > 3 or self.world.state.stopping is not None)
     @rule(

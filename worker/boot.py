@@ -93,6 +93,9 @@ def _run(
     ready: Callable[[], Awaitable[None]],
     on_terminal: bool,
 ) -> int:
+    from segue.worker.services.host import Host, enter
+    from segue.worker.services.hosted import Hosted
+    from segue.worker.services.options import Place
     from segue.worker.worker import Worker, recycle_limit
 
     options = dict(spec.uvicorn)
@@ -101,11 +104,14 @@ def _run(
     )
     if options.get("use_colors") is None and on_terminal:
         options["use_colors"] = True
+    host = Host(Place(spec.settings_file, spec.env_file), spec.services, master_socket=spec.master_socket)
+    enter(host)
+    services = Hosted(host)
     config = _configure(spec.app or _BUILTIN, options)
     loop_factory = _explained("the event loop can't be made", config.get_loop_factory)
 
     async def run() -> int:
-        return await Worker(spec, config, fds, telling, limit, ready).run()
+        return await Worker(spec, config, fds, telling, limit, ready, services).run()
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(run())

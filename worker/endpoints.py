@@ -8,10 +8,13 @@ from typing import Protocol
 
 from segue.handoff.http import Handler, Request, Response, Router, json_response, problem
 from segue.handoff.messages import HOT, WorkerMode, WorkerStatus
+from segue.worker.services.endpoints import PHASES, phase, reload
+from segue.worker.services.hosted import Hosted
 
 OPERATOR_MODES = ("reject", "queue")
 HANDOVER = "handover"
 _MAX_TIMEOUT_S = 7 * 86400.0
+_SERVICES_TIMEOUT_S = 10.0
 
 
 class Refused(Exception):  # noqa: N818 - it is what happened, and reads so
@@ -24,7 +27,14 @@ class Commands(Protocol):
     spec_generation: int
     master_socket: str
     mode: WorkerMode
-    operator_drain: str | None
+    services: Hosted
+
+    @property
+    def operator_drain(self) -> str | None:
+        """The operator's drain."""
+
+    @operator_drain.setter
+    def operator_drain(self, mode: str | None) -> None: ...
 
     def activate(self, alone: bool = False) -> None:
         """Accept and adopt connections; `alone`: no other worker does."""
@@ -61,7 +71,9 @@ def handler(worker: Commands) -> Handler:
         return json_response(answer, 200 if ready else 503)
 
     async def status(_: Request) -> Response:
-        return json_response(worker.status())
+        document = worker.status()
+        document.services = await worker.services.report()
+        return json_response(document)
 
     async def activate(request: Request) -> Response:
         # optional: how many workers share the load, of which this is one
@@ -94,6 +106,24 @@ def handler(worker: Commands) -> Handler:
             worker.activate()
         return json_response(worker.status())
 
+    async def services_activate(request: Request) -> Response:
+        lead = request.query.get("lead", "0") == "1"
+        await worker.services.activate(lead, _timeout(request) or _SERVICES_TIMEOUT_S)
+        return json_response(worker.status())
+
+    async def services_deactivate(request: Request) -> Response:
+        timeout_s = _timeout(request) or _SERVICES_TIMEOUT_S
+        if not await worker.services.deactivate(timeout_s):
+            return problem(409, f"a service of the generation did not let go within {timeout_s:g} s")
+        return json_response(worker.status())
+
+    async def reload_one(request: Request) -> Response:
+        query = {key: value for key, value in request.query.items() if key != "*"}
+        return await reload(worker.services.swaps, request.query["*"], query)
+
+    async def swap(request: Request) -> Response:
+        return await phase(worker.services.swaps, request.path.rpartition("/")[2], request.body)
+
     async def stop(request: Request) -> Response:
         worker.stop(_timeout(request))
         return json_response(worker.status(), 202)
@@ -113,6 +143,10 @@ def handler(worker: Commands) -> Handler:
         ("POST", f"{HOT}/drain/start"): _command(worker, drain_start),
         ("POST", f"{HOT}/drain/stop"): _command(worker, drain_stop),
         ("POST", f"{HOT}/stop"): _command(worker, stop),
+        ("POST", f"{HOT}/services/activate"): _command(worker, services_activate),
+        ("POST", f"{HOT}/services/deactivate"): _command(worker, services_deactivate),
+        ("POST", f"{HOT}/reload/*"): _command(worker, reload_one),
+        **{("POST", f"{HOT}/swap/{which}"): _command(worker, swap) for which in PHASES},
         ("POST", f"{HOT}/reload"): elsewhere,
         ("POST", f"{HOT}/scale"): elsewhere,
         ("GET", f"{HOT}/operations/*"): elsewhere,

@@ -39,16 +39,18 @@ def wrap(
     health = None if health_path is None else root_path + health_path
     hot = root_path + HOT
     prefixes = tuple(prefix for prefix, wanted in ((health, health_path), (hot, token)) if prefix and wanted)
-    digest = b"" if token is None else _digest(token)
+    digest = b"" if token is None else token_digest(token)
 
     async def own(scope: Any, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         if path == health:
             reason = unhealthy()
             status = {"status": "ok"} if reason is None else {"status": "unavailable", "reason": reason}
-            await _answer(send, json_response(status, 200 if reason is None else 503))
+            await answer(send, json_response(status, 200 if reason is None else 503))
         else:
-            await _answer(send, await _pass_on(scope, receive, path[len(root_path) :], digest, master_socket))
+            refusal = await drained_body(receive) or unauthorized(scope, digest)
+            inner = path[len(root_path) :]
+            await answer(send, refusal or await pass_on(scope, inner, master_socket))
 
     def ours(path: str) -> bool:
         return path == health or (token is not None and (path == hot or path.startswith(hot + "/")))
@@ -63,7 +65,8 @@ def wrap(
     return wrapped
 
 
-async def _pass_on(scope: Any, receive: Receive, path: str, digest: bytes, master_socket: str) -> Response:
+async def drained_body(receive: Receive) -> Response | None:
+    """Read a request's body, which no endpoint needs; a refusal if it is too long."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -71,10 +74,20 @@ async def _pass_on(scope: Any, receive: Receive, path: str, digest: bytes, maste
         more = message.get("more_body", False)
         if size > _MAX_BODY_BYTES:
             return problem(413, f"a body over {_MAX_BODY_BYTES} bytes")
+    return None
+
+
+def unauthorized(scope: Any, digest: bytes) -> Response | None:
+    """A refusal unless the request bears the token of which `digest` is `token_digest`."""
     authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
     scheme, _, given = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip()), digest):
-        return problem(401, "this needs the bearer token of the token file", {"WWW-Authenticate": "Bearer"})
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token_digest(given.strip()), digest):
+        return problem(401, "this needs the bearer token", {"WWW-Authenticate": "Bearer"})
+    return None
+
+
+async def pass_on(scope: Any, path: str, master_socket: str) -> Response:
+    """Let the master answer the request, whose path on its control socket is `path`."""
     method: str = scope["method"]
     readable = path == f"{HOT}/status" or path.startswith(f"{HOT}/operations/")
     if method != "POST" and not (method == "GET" and readable):
@@ -94,7 +107,8 @@ async def _pass_on(scope: Any, receive: Receive, path: str, digest: bytes, maste
         return problem(503, f"the master doesn't answer: {error}")
 
 
-async def _answer(send: Send, response: Response) -> None:
+async def answer(send: Send, response: Response) -> None:
+    """Send a whole response."""
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1"))
         for name, value in response.headers
@@ -109,5 +123,6 @@ async def _answer(send: Send, response: Response) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-def _digest(text: str) -> bytes:
+def token_digest(text: str) -> bytes:
+    """What is compared instead of a token: of one length, whatever the token's."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

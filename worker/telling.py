@@ -25,6 +25,8 @@ class Telling:
         self._heartbeat_s = heartbeat_s
         self._mode = WorkerMode.BOOTING
         self._unconfirmed = True
+        self.handover_s: float | None = None
+        """How long the services, if there are any, may take to hand over."""
         self._recycle: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._phase = WorkerPhase.BOOT
@@ -78,6 +80,8 @@ class Telling:
             fields[NotifyKey.READY] = 1
         if self._mode is not WorkerMode.READY or not self._unconfirmed:
             fields[NotifyKey.WATCHDOG] = 1
+        if self.handover_s is not None:
+            fields[NotifyKey.HANDOVER] = f"{self.handover_s:g}"
         if self._recycle is not None:
             fields[NotifyKey.RECYCLE] = self._recycle
         self._notifier.send(fields)

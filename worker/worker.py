@@ -27,8 +27,10 @@ from segue.worker import public, usage
 from segue.worker.drain import Drain, cut
 from segue.worker.endpoints import Refused, handler
 from segue.worker.events import Stage, WorkerInfo
+from segue.worker.gate import gate
 from segue.worker.intake import Intake, PublicListener
 from segue.worker.lifespan import Lifespan, StartFailed
+from segue.worker.services.hosted import Hosted
 from segue.worker.telling import Telling
 from segue.worker.uvicorn_internals import (
     Http,
@@ -72,11 +74,12 @@ class Worker:
         telling: Telling,
         limit_max_requests: int | None,
         on_ready: Callable[[], Awaitable[None]],
+        services: Hosted,
     ) -> None:
         self.spec_generation = spec.generation
         self.master_socket = spec.master_socket
         self.mode = WorkerMode.BOOTING
-        self.operator_drain = spec.operator_drain
+        self.services = services
         self._spec = spec
         self._config = config
         self._telling = telling
@@ -117,6 +120,17 @@ class Worker:
         self._stop_timeout_s = spec.stop_timeout_s
         self._exit = EXIT_OK
         self._ticker: asyncio.TimerHandle | None = None
+        gate.configure(spec.queue_limit, spec.queue_timeout_s, spec.health_path)
+        self.operator_drain = spec.operator_drain
+
+    @property
+    def operator_drain(self) -> str | None:
+        """What an operator wants done with new work, if anything: ``reject`` or ``queue``."""
+        return gate.mode
+
+    @operator_drain.setter
+    def operator_drain(self, mode: str | None) -> None:
+        gate.set_mode(mode)
 
     # Its life
 
@@ -180,6 +194,7 @@ class Worker:
             )
         if not self._spec.check_only:
             await self._on_ready()
+            self._telling.handover_s = self.services.handover_s
             self._set_mode(WorkerMode.READY)
 
     def _tick(self) -> None:
@@ -266,6 +281,7 @@ class Worker:
             self._intake.close()
             self._drain.stop()
         Stage.drain()
+        gate.shut()
         self._set_mode(WorkerMode.STOPPING)
         self._stopping.set()
 
@@ -296,6 +312,13 @@ class Worker:
             cpu_percent=self._cpu.percent(),
             since=self._since,
             listeners=self._intake.addresses,
+            queue={
+                "waiting": gate.waiting,
+                "queued_total": gate.queued_total,
+                "rejected_total": gate.rejected_total,
+                "timed_out_total": gate.timed_out_total,
+                "left_total": gate.left_total,
+            },
         )
 
     # Its end

@@ -1,0 +1,210 @@
+"""Services of which one is active in the whole generation: never two, whatever happens, and never none for long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scenario import HOT, Client, Segue, supervised
+
+APP = """
+import asyncio, fcntl, json, os, pathlib
+import segue
+
+VERSION = "1"
+HERE = pathlib.Path(__file__).parent
+services = segue.Services()
+
+
+class Scheduler:
+    "Holds a lock while it is active: a second one that is active at the same time is seen by everybody."
+
+    def __init__(self):
+        self.lock = None
+
+    def activate(self):
+        if (HERE / "broker-down").exists():
+            raise ConnectionError("the broker is down")
+        lock = os.open(HERE / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            (HERE / "two-at-once").touch()
+            raise
+        self.lock = lock
+        with open(HERE / "log", "a") as log:
+            log.write(f"{os.getpid()} active {VERSION}\\n")
+
+    async def deactivate(self):
+        if (HERE / "deactivate-hangs").exists():
+            await asyncio.sleep(3600)
+        self.give_up()
+
+    def give_up(self):
+        if self.lock is not None:
+            with open(HERE / "log", "a") as log:
+                log.write(f"{os.getpid()} idle {VERSION}\\n")
+            os.close(self.lock)
+            self.lock = None
+
+    def close(self):
+        if (HERE / "deactivate-hangs").exists():
+            raise RuntimeError("can't be closed either")
+        self.give_up()
+
+    def metrics(self):
+        return {"is_connected": self.lock is not None}
+
+
+services.declare("scheduler", Scheduler, per="generation", handover_timeout=1, deactivate_timeout=0.5)
+
+
+async def serve(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not (HERE / "end-streams").exists():
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0.02)
+        await send({"type": "http.response.body", "body": b"end"})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+    await send({"type": "http.response.body", "body": b"pong"})
+
+
+app = services.wrap(serve)
+"""
+
+
+@contextlib.contextmanager
+def running(directory: Path, workers: int = 2) -> Iterator[Segue]:
+    (directory / "jobs.py").write_text(APP)
+    with supervised("jobs:app", "--workers", str(workers), cwd=directory) as master:
+        yield master
+        master.stop(None)
+    assert not (directory / "two-at-once").exists()
+
+
+def active(directory: Path) -> list[str]:
+    """The processes that are active, by what they wrote: those that died while active are left out."""
+    lines = (directory / "log").read_text().splitlines() if (directory / "log").exists() else []
+    found: list[str] = []
+    for line in lines:
+        pid, what, _ = line.split()
+        if what == "active":
+            found.append(pid)
+        elif pid in found:
+            found.remove(pid)
+    return [pid for pid in found if Path(f"/proc/{pid}/exe").exists()]  # not of a zombie
+
+
+def one_active(master: Segue, directory: Path) -> str:
+    """Wait until exactly one worker of the current generation is active, and nothing is unhealthy."""
+
+    def settled(document: dict[str, Any]) -> bool:
+        generation = next(g for g in document["generations"] if g["current"])
+        now = active(directory)
+        return len(now) == 1 and int(now[0]) in {worker["pid"] for worker in generation["workers"]}
+
+    master.wait_status(settled)
+    return active(directory)[0]
+
+
+def test_one_worker_has_it_and_the_status_asks_only_that_one(tmp_path: Path) -> None:
+    with running(tmp_path, workers=3) as master:
+        lead = one_active(master, tmp_path)
+        document = master.wait_status(lambda d: d["services"]["scheduler"]["active"])
+        assert document["metrics"]["scheduler"] == {"is_connected": True}
+        workers = document["generations"][0]["workers"]
+        expected = [w for w in workers if w["services"]["scheduler"]["expected_active"]]
+        assert [str(w["pid"]) for w in expected] == [lead]
+
+
+def test_it_moves_when_its_worker_dies_or_leaves(tmp_path: Path) -> None:
+    with running(tmp_path) as master:
+        first = one_active(master, tmp_path)
+        os.kill(int(first), signal.SIGKILL)
+        second = one_active(master, tmp_path)
+        assert second != first
+        for count in (4, 1, 2):
+            assert master.command("scale", str(count)).returncode == 0
+            one_active(master, tmp_path)
+
+
+def test_it_follows_the_generation_and_is_never_active_twice(tmp_path: Path) -> None:
+    with running(tmp_path) as master:
+        before = one_active(master, tmp_path)
+        for version in range(2, 8):
+            (tmp_path / "jobs.py").write_text(APP.replace('"1"', f'"{version}"', 1))
+            master.reload()
+            now = one_active(master, tmp_path)
+            assert now != before
+            before = now
+        # a reload that is refused leaves it where it was
+        (tmp_path / "jobs.py").write_text("raise RuntimeError('broken')")
+        assert master.command("reload").returncode == 1
+        assert one_active(master, tmp_path) == before
+
+
+def test_a_swap_of_it_deactivates_the_old_instance_before_the_new_one_is_active(tmp_path: Path) -> None:
+    with running(tmp_path) as master:
+        lead = one_active(master, tmp_path)
+        for _ in range(3):
+            code, answer = master.call("POST", f"{HOT}/reload/scheduler")
+            assert code == 200, answer
+        assert one_active(master, tmp_path) == lead
+        states = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
+        assert states == ["active", *["idle", "active"] * 3]
+
+
+def test_a_promote_stands_when_it_can_not_be_activated_and_it_comes_up_later(tmp_path: Path) -> None:
+    with running(tmp_path) as master:
+        one_active(master, tmp_path)
+        (tmp_path / "broker-down").touch()
+        master.reload()
+        document = master.wait_status(lambda d: d["services"]["scheduler"]["degraded"] is not None)
+        assert "the broker is down" in document["services"]["scheduler"]["degraded"]
+        assert document["metrics"]["scheduler"] == {"is_connected": False}
+        assert document["ready"]
+        worker = next(
+            w for w in document["generations"][-1]["workers"] if w["services"]["scheduler"]["expected_active"]
+        )
+        assert "ConnectionError" in worker["services"]["scheduler"]["errors"][0]["error"]
+        (tmp_path / "broker-down").unlink()
+        one_active(master, tmp_path)
+
+
+def test_while_the_old_one_does_not_let_go_the_new_one_is_not_active(tmp_path: Path) -> None:
+    with running(tmp_path) as master, Client(master.port) as client:
+        old = one_active(master, tmp_path)
+        (tmp_path / "deactivate-hangs").touch()
+        # keep the workers of the old generation, for as long as their streams last
+        streams = [Client(master.port) for _ in range(8)]
+        for stream in streams:
+            stream.connection.request("GET", "/stream")
+        master.reload()
+        master.output.wait_for(r"services-not-told .*did not let go")
+        assert active(tmp_path) == [old]
+        assert client.get("/ping")[2] == b"pong"
+        (tmp_path / "deactivate-hangs").unlink()
+        assert one_active(master, tmp_path) != old
+        (tmp_path / "end-streams").touch()
+        for stream in streams:
+            stream.connection.getresponse().read()
+            stream.close()
+
+
+def test_a_worker_without_a_master_keeps_it(tmp_path: Path) -> None:
+    with running(tmp_path, workers=1) as master, Client(master.port) as client:
+        lead = one_active(master, tmp_path)
+        master.process.kill()
+        master.process.wait()
+        assert client.get("/ping")[2] == b"pong"
+        assert active(tmp_path) == [lead]
+        assert master.command("stop").returncode == 0
+        assert active(tmp_path) == []

@@ -1,0 +1,6 @@
+"""Services: the singletons of an application, declared once, swapped while they work.
+
+`declaration` is what the application says, `instance` one built object with its leases, `verbs` how it is told
+something, `registry` all of them in this process, `swap` how one is replaced by another, `options` where its
+settings come from, `report` what is told of them.
+"""
