@@ -27,6 +27,7 @@ NAMES = {
     "master": "memory, idle CPU and 200 reloads in a row",
     "start": "how much later than uvicorn a worker starts",
     "throughput": "requests/s beside uvicorn (needs wrk)",
+    "services": "leases, and swaps under streams",
     "idle": "10,000 idle connections over a reload",
     "reloads": "ten reloads under load, as root and unprivileged, with 1 and 2 workers, and uvicorn's",
 }

@@ -171,6 +171,7 @@ def segue(
     start_s: float = 0.0,
     user: str | None = None,
     options: Sequence[str] = (),
+    app: str = "app:app",
 ) -> contextlib.AbstractContextManager[Segue]:
     """Run an instance for the length of a block."""
     interpreter = bench.interpreter(user)
@@ -182,7 +183,7 @@ def segue(
         if owner:
             os.chown(place / name, owner["user"], owner["group"])
     port = free_port()
-    command = [interpreter.executable, "-m", "segue.supervisor.cli", "serve", "app:app", *SAME_SETTINGS]
+    command = [interpreter.executable, "-m", "segue.supervisor.cli", "serve", app, *SAME_SETTINGS]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)]
     command += ["--runtime-dir", str(place / "run"), "--name", "bench", *options]
     environ = {"BENCH_START_S": str(start_s), "BENCH_STARTED_DIR": str(place / "started")}
