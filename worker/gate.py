@@ -58,6 +58,7 @@ class Gate:
         """Those that wait, in the order of arrival, and the end of each one's patience."""
         self._dismissing: asyncio.Handle | None = None
         self._batch = 0
+        self._emptied = False
 
     @property
     def waiting(self) -> int:
@@ -132,7 +133,7 @@ class Gate:
     def _changed(self) -> None:
         self.open = self.mode is None and not self._shut and not self._held and self._dismissing is None
         if self._held and self._dismissing is None:
-            self._batch = 0
+            self._batch, self._emptied = 0, False
             self._dismissing = next(iter(self._held)).get_loop().call_soon(self._dismiss)
 
     def _dismiss(self) -> None:
@@ -140,18 +141,21 @@ class Gate:
         self._dismissing = None
         if self.mode == "queue" and not self._shut:
             return
-        if not self._held:
-            # not before now: those answered in the last turn run first, and then whoever comes
-            self._changed()
-            return
+        # Those answered in the last turn have run by now. If nobody was left then, those who wait now came in between:
+        # all go on together, since a gate that waited for a turn in which nobody comes might stay closed for ever.
+        last = self._emptied
         self._batch += _STEP
+        batch = list(itertools.islice(self._held, None if last else self._batch))
         refusal = self._refusal()
-        batch = list(itertools.islice(self._held, self._batch))
         for place in batch:
             self._answer(place, refusal)
         if refusal is not None:
             self.rejected_total += len(batch)
-        self._dismissing = batch[0].get_loop().call_soon(self._dismiss)
+        self._emptied = not self._held
+        if batch and not last:
+            self._dismissing = batch[0].get_loop().call_soon(self._dismiss)
+        else:
+            self._changed()
 
 
 gate = Gate()

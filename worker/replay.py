@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 64 * 1024
 """Once this much has been said nobody listens until the waiting is over; the client is slowed down by the server."""
 _MESSAGE_BYTES = 128
-"""What a message counts for beside its content: many small ones take room, too."""
+"""What a message counts for beside its content: many small ones take room, too, and a `receive` that never waits,
+as in some tests of applications, would be listened to for ever."""
 
 
 class Replay:
@@ -55,16 +56,13 @@ class Replay:
         return await self._receive()
 
     async def _listen(self) -> None:
-        size, complete = 0, False
+        size = 0
         while self._listening and size < BUFFER_BYTES:
             message = await self._receive()
             self._heard.append(message)
             if message["type"].endswith(".disconnect"):
                 self._left()
                 return
-            if complete:
-                return  # a body has one end: this `receive` never waits, and can't be listened to
-            complete = message["type"] == "http.request" and not message.get("more_body", False)
             content = message.get("body") or message.get("bytes") or message.get("text") or b""
             size += _MESSAGE_BYTES + len(content)
 
