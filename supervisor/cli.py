@@ -132,6 +132,8 @@ def _config_running(flags: dict[str, Any], as_json: bool) -> None:
     multiple=True,
     help="A setting of the new instance of SERVICE; may be repeated.",
 )
+@click.option("--tool", metavar="NAME", help="Of SERVICE tools: reload only this one (--set tool=NAME).")
+@click.option("--profile", metavar="NAME", help="Of SERVICE personality: which one (--set profile=NAME).")
 @click.option(
     "--wait",
     type=click.Choice(["serving", "drained"]),
@@ -147,6 +149,8 @@ def reload(
     runtime_dir: str | None,
     service: str | None,
     choices: tuple[str, ...],
+    tool: str | None,
+    profile: str | None,
     wait: str,
     no_wait: bool,
     timeout: float | None,
@@ -156,11 +160,13 @@ def reload(
 
     With SERVICE, swap that service inside the running workers instead: all or none of them get the new instance.
     """
+    choices += (f"tool={tool}",) if tool is not None else ()
+    choices += (f"profile={profile}",) if profile is not None else ()
     if service is not None:
         _swap(_find(runtime_dir, name), service, choices, wait, no_wait, timeout, as_json)
         return
     if choices:
-        raise click.UsageError("--set is for a service: segue reload SERVICE --set KEY=VALUE")
+        raise click.UsageError("settings are for a service: segue reload SERVICE --set KEY=VALUE")
     operation = _change(
         _find(runtime_dir, name), f"{HOT}/reload", no_wait, timeout, as_json, drained=wait == "drained"
     )

@@ -114,5 +114,5 @@ ADDRESS_FORMS: dict[str, tuple[str, ...]] = {
 }
 """The ways to say where to listen: one at a time."""
 
-OTHER_VARIABLES = frozenset({"SEGUE_CONFIG", "SEGUE_FDS"})
+OTHER_VARIABLES = frozenset({"SEGUE_INSTANCE_NAME", "SEGUE_CONFIG", "SEGUE_FDS"})
 """Variables with our prefix that are not settings."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from segue.worker.services import schema
 from segue.worker.services.errors import DeclarationError
 
 Role = Literal["worker", "generation"]
@@ -20,7 +22,8 @@ VERB_TIMEOUT_S = 10.0
 LEASE_TIMEOUT_S = 600.0
 HANDOVER_TIMEOUT_S = 10.0
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_NAME = re.compile(r"(?=.{1,63}$)[a-z][a-z0-9]*(_[a-z0-9]+)*")
+"""Without two underscores in a row, which part a name from a key in the environment."""
 _OFFERED = frozenset({"settings", "options", "previous"})
 """What a factory may ask for beside the services that it requires."""
 
@@ -57,35 +60,80 @@ class Declaration:
         """Raises `DeclarationError` for what can be seen without the others."""
         if not _NAME.fullmatch(self.name) or self.name in _OFFERED:
             raise DeclarationError(
-                f"a service can't be called {self.name!r}: lower-case letters, digits and underscores, and none of "
-                f"{', '.join(sorted(_OFFERED))}"
+                f"a service can't be called {self.name!r}: lower-case letters, digits and single underscores "
+                f"between them, and none of {', '.join(sorted(_OFFERED))}"
             )
         if self.per not in {"worker", "generation"}:
             raise DeclarationError(
                 f"service {self.name!r}: per is 'worker' or 'generation', not {self.per!r}"
             )
+        if not callable(self.factory):
+            raise DeclarationError(f"service {self.name!r}: its factory can't be called")
+        for what, kind in (("settings", self.settings), ("options", self.options)):
+            if kind is not None and not schema.is_schema(kind):
+                raise DeclarationError(
+                    f"service {self.name!r}: {what} is a msgspec.Struct, a dataclass or a TypedDict"
+                )
+        both = schema.fields(self.settings) & schema.fields(self.options)
+        if both:
+            raise DeclarationError(
+                f"service {self.name!r}: {', '.join(sorted(both))} is a setting and an option; one or the other"
+            )
+        self._check_verbs()
+        if self.name in self.requires:
+            raise DeclarationError(f"services require one another in a circle: {self.name} → {self.name}")
+        self._check_factory()
+
+    def _check_verbs(self) -> None:
         unknown = set(self.verbs) - {*VERBS, "health", "metrics"}
         if unknown:
             raise DeclarationError(f"service {self.name!r} has no verb {', '.join(sorted(unknown))}")
         for name in self.__slots__:
-            if name.endswith("_timeout") and not getattr(self, name) > 0:
+            if name.endswith("_timeout") and not _is_duration(getattr(self, name)):
                 raise DeclarationError(f"service {self.name!r}: {name} is a number of seconds above 0")
-        if self.name in self.requires:
-            raise DeclarationError(f"services require one another in a circle: {self.name} → {self.name}")
+        for verb, do in self.verbs.items():
+            if do is not None and not callable(do):
+                raise DeclarationError(f"service {self.name!r}: its {verb} can't be called")
+
+    def _check_factory(self) -> None:
         missing = [name for name in self.requires if name not in self.takes]
         if missing:
             raise DeclarationError(
                 f"the factory of service {self.name!r} takes no argument called {' or '.join(missing)}, "
                 "which it is given because it requires them"
             )
+        left = [name for name in _needed(self.factory) if name not in self.takes]
+        if left:
+            raise DeclarationError(
+                f"the factory of service {self.name!r} takes {' and '.join(left)}, which nobody gives it: it requires "
+                f"{', '.join(self.requires) or 'no other service'}"
+            )
+
+
+def _is_duration(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
+
+
+def _parameters(factory: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):  # some classes written in C have no signature
+        return []
+
+
+def _needed(factory: Callable[..., Any]) -> list[str]:
+    """The arguments without which it can't be called."""
+    optional = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    return [
+        each.name for each in _parameters(factory) if each.default is each.empty and each.kind not in optional
+    ]
 
 
 def arguments(factory: Callable[..., Any], offered: Sequence[str]) -> frozenset[str]:
     """Which of `offered` a factory can be given by keyword."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # some classes written in C have no signature
-        return frozenset()
+    parameters = _parameters(factory)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return frozenset(offered)
     named = {

@@ -40,7 +40,10 @@ def current() -> Host:
 
 
 def _settings_file() -> str | None:
+    """The same file as under segue, as far as one can know: without flags."""
     named = os.environ.get("SEGUE_CONFIG")
     if named:
-        return named
-    return os.path.abspath("segue.toml") if os.path.isfile("segue.toml") else None
+        return os.path.abspath(named)
+    return next(
+        (os.path.abspath(name) for name in ("segue.toml", "pyproject.toml") if os.path.isfile(name)), None
+    )

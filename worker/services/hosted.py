@@ -5,10 +5,22 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
+
 from segue.worker.services.host import Host
 from segue.worker.services.report import Reporter
 from segue.worker.services.running import Running
 from segue.worker.services.swap import Swaps
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """How the services of a worker stand, for a master that has just found it."""
+
+    active: bool = False
+    """One of them takes work, or may."""
+    lead: bool = False
+    """So does, or may, one of those that one worker alone may have active."""
+    versions: dict[str, int] = {}
 
 
 class Hosted:
@@ -21,7 +33,7 @@ class Hosted:
         host.on_start = self._on_start
 
     def _on_start(self, running: Running, swaps: Swaps) -> None:
-        if self._running is not None:
+        if self._running is not None and not self._running.closed:
             raise RuntimeError(
                 "an application has one segue.Services; a second one has been started in this worker"
             )
@@ -44,6 +56,23 @@ class Hosted:
         task = self._running.spawn(self._running.deactivate())
         await asyncio.wait({task}, timeout=timeout_s)
         return task.done() and task.result()
+
+    def standing(self) -> Standing:
+        """What isn't known for certain counts as active."""
+        running = self._running
+        if running is None:
+            return Standing()
+        busy = [
+            unit
+            for unit in running.units.values()
+            for instance in (unit.slot.current, *unit.retiring)
+            if instance is not None and instance.active
+        ]
+        return Standing(
+            active=running.active or bool(busy),
+            lead=running.lead or any(unit.declaration.per == "generation" for unit in busy),
+            versions={unit.name: unit.version for unit in running.units.values()},
+        )
 
     async def report(self) -> dict[str, dict[str, Any]]:
         """By name."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import contextlib
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any, Generic, TypeVar, final
 
@@ -15,16 +16,19 @@ T = TypeVar("T")
 
 @final
 class Instance(Generic[T]):
-    """An object that a factory has made, with what is known of it. Its leases may be taken in any thread."""
+    """An object that a factory has made, with what is known of it. Its leases may be taken in any thread.
+
+    They are counted without a lock: a lease may be returned by the garbage collector or in a signal handler, and so in
+    the middle of whatever its thread was about to do here.
+    """
 
     __slots__ = (
         "_idle",
-        "_lock",
+        "_leases",
         "_loop",
         "active",
-        "closed",
+        "closing",
         "degraded",
-        "leases",
         "settings",
         "since",
         "value",
@@ -35,41 +39,45 @@ class Instance(Generic[T]):
         self.value = value
         self.settings = settings
         self.version = version
-        self.leases = 0
         self.active = False
-        """`activate` was tried last, not `deactivate`: it may be taking work."""
-        self.closed = False
+        """It may be taking work: `activate` was tried last, or `deactivate` has failed."""
+        self.closing: asyncio.Task[str | None] | None = None
+        """How it is being, or has been, closed; its result says why that failed."""
         self.degraded: str | None = None
         """Why it can't do all that it should."""
         self.since = time.time()
         self._loop = loop
-        self._lock = threading.Lock()
+        self._leases: deque[None] = deque()
         self._idle: asyncio.Event | None = None
+
+    @property
+    def leases(self) -> int:
+        """How many pieces of work depend on it."""
+        return len(self._leases)
 
     def acquire(self) -> None:
         """One more piece of work depends on it."""
-        with self._lock:
-            self.leases += 1
+        self._leases.append(None)
 
     def release(self) -> None:
         """One less."""
-        with self._lock:
-            self.leases -= 1
-            idle = self._idle if self.leases == 0 else None
-        if idle is not None:
-            self._loop.call_soon_threadsafe(idle.set)
+        self._leases.pop()
+        idle = self._idle
+        if idle is not None and not self._leases:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(idle.set)
 
     async def unleased(self, timeout_s: float) -> bool:
         """Wait until nobody holds a lease; False when `timeout_s` seconds weren't enough."""
-        with self._lock:
-            if self.leases == 0:
-                return True
-            self._idle = idle = asyncio.Event()
+        # first the event, then the look at the leases; who returns the last one does it the other way round
+        idle = self._idle = self._idle or asyncio.Event()
         try:
             async with asyncio.timeout(timeout_s):
-                await idle.wait()
+                while self._leases:
+                    idle.clear()
+                    await idle.wait()
         except TimeoutError:
-            return False
+            return not self._leases
         return True
 
 
@@ -81,10 +89,6 @@ class Slot(Generic[T]):
     def __init__(self, name: str) -> None:
         self.name = name
         self.current: Instance[T] | None = None
-
-    def lease(self) -> Lease[T]:
-        """A lease that is taken when its block begins."""
-        return Lease(self)
 
 
 @final

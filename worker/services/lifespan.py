@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from segue.worker.lifespan import describe
 
+_log = logging.getLogger("segue.services")
 _Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -33,36 +35,74 @@ class Wrapped:
         except Exception as error:
             await send({"type": "lifespan.startup.failed", "message": describe(error)})
             raise
-        last: dict[str, Any] | None = None
+        own = _Own(startup, receive, send)
         try:
-            last = await self._inner(scope, startup, receive, send)
+            await own.run(self._app, scope)
         finally:
             await self._around.__aexit__(None, None, None)
-        await send(last)
+            if own.last is not None:
+                await send(own.last)
 
-    async def _inner(self, scope: Any, startup: Any, receive: Any, send: Any) -> dict[str, Any]:
-        """Run the application's own lifespan; returns the last message, which is sent when all has been closed."""
-        first = [startup]
-        sent: list[dict[str, Any]] = []
-        last: dict[str, Any] = {"type": "lifespan.shutdown.complete"}
 
-        async def receive_() -> Any:
-            return first.pop() if first else await receive()
+class _Over(BaseException):
+    """Ends an application that asks for more after its last message: there won't be any."""
 
-        async def send_(message: dict[str, Any]) -> None:
-            nonlocal last
-            sent.append(message)
-            if message["type"].startswith("lifespan.shutdown."):
-                last = message
-            else:
-                await send(message)
 
+class _Own:
+    """The application's own lifespan, if it has one.
+
+    Its last message, that it is shut down or could not start, is kept back: the server ends the process on it.
+    """
+
+    def __init__(self, startup: Any, receive: Any, send: Any) -> None:
+        self.last: dict[str, Any] | None = None
+        self._first = [startup]
+        self._started = False
+        self._shutdown = False
+        self._receive, self._send = receive, send
+
+    async def run(self, app: _Asgi, scope: Any) -> None:
+        """Returns, or raises what it raises, once the server wants the application shut down, or it can't start."""
+        failure: Exception | None = None
         try:
-            await self._app(scope, receive_, send_)
-        except Exception:
-            if not first or sent:
-                raise  # it has asked for the start-up: it has a lifespan, and that has failed
-        if not sent:  # it has none
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-        return last
+            await app(scope, self._next, self._say)
+        except _Over:
+            pass
+        except Exception as error:
+            if self._started:
+                # the server goes on to serve, and so the services go on
+                _log.exception("event=lifespan-failed")
+            elif self._asked or self.last is not None:
+                # it has asked for the start-up: it has a lifespan, and that has failed
+                self.last = self.last or {"type": "lifespan.startup.failed", "message": describe(error)}
+                raise
+            failure = error if self._started else None
+        if self.last is not None:
+            return
+        if not self._started:  # it has none
+            await self._say({"type": "lifespan.startup.complete"})
+        while not self._shutdown:
+            await self._next()
+        self.last = {"type": "lifespan.shutdown.complete"}
+        if failure is not None:
+            self.last = {"type": "lifespan.shutdown.failed", "message": describe(failure)}
+
+    @property
+    def _asked(self) -> bool:
+        return not self._first
+
+    async def _next(self) -> Any:
+        if self.last is not None:
+            raise _Over
+        if self._first:
+            return self._first.pop()
+        message = await self._receive()
+        self._shutdown = self._shutdown or message["type"] == "lifespan.shutdown"
+        return message
+
+    async def _say(self, message: dict[str, Any]) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            self._started = True
+            await self._send(message)
+        else:
+            self.last = message

@@ -7,6 +7,7 @@ what is in it; under plain uvicorn it does so itself, and a router offers the sa
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar, final, overload
@@ -22,6 +23,8 @@ from segue.worker.services.running import Running
 from segue.worker.services.swap import Swaps
 
 T = TypeVar("T")
+_registries: weakref.WeakSet[Services] = weakref.WeakSet()
+"""All of this process: one settings file speaks of the services of each."""
 _Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -74,6 +77,7 @@ class Services:
         self._slots: dict[str, Slot[Any]] = {}
         self._running: Running | None = None
         self._swaps: Swaps | None = None
+        _registries.add(self)
 
     # ---------------------------------------------------------------------------------------------- declaring
 
@@ -123,9 +127,10 @@ class Services:
         """Declare a service and return what one gets it from.
 
         `factory` (sync or async) is called with what it `requires`, by name, and, if it takes arguments of these
-        names, with `settings` (an instance of the type given here), `options` (what this one swap was told) and
-        `previous` (the instance that it replaces, or None). What it returns may have the methods `start`, `activate`,
+        names, with `settings` (an instance of the type given here), `options` (what this one swap was told; at a start
+        the defaults, or None if there are not enough) and `previous` (the instance that it replaces, or None). What it returns may have the methods `start`, `activate`,
         `deactivate`, `close`, `health` and `metrics`, sync or async; `verbs` names others, or None for none.
+        What is sync runs on the event loop: it must not take long, and no timeout ends it.
         ``per="generation"``: active on one worker of the current generation only.
 
         Timeouts, in seconds: `start_timeout` 60, `health_timeout` 5, `activate_timeout`, `deactivate_timeout` and
@@ -142,7 +147,7 @@ class Services:
         ]
         if unknown:
             raise TypeError(f"declare() takes no argument {', '.join(unknown)}")
-        names = [each.name if isinstance(each, Service) else each for each in requires]
+        names = [self._name(name, each) for each in ([requires] if isinstance(requires, str) else requires)]
         declared = declarations.declare(
             name,
             factory,
@@ -158,6 +163,13 @@ class Services:
         self._declarations[name] = declared
         slot = self._slots[name] = Slot[Any](name)
         return Service(slot)
+
+    def _name(self, of: str, required: str | Service[Any]) -> str:
+        if isinstance(required, str):
+            return required
+        if required._slot is not self._slots.get(required.name):
+            raise DeclarationError(f"service {of!r} requires {required.name!r} of another registry")
+        return required.name
 
     def check(self) -> list[str]:
         """The names in the order of their start. Raises `DeclarationError` for a required name that isn't declared."""
@@ -179,28 +191,33 @@ class Services:
         if self._running is not None:
             raise RuntimeError("these services are running already")
         host = hosts.current()
-        running = self._running = Running(self._declarations, self._slots, host)
-        self._swaps = Swaps(running)
+        elsewhere = {name for each in _registries for name in each._declarations}
+        running = Running(self._declarations, self._slots, host, elsewhere)
+        swaps = Swaps(running)
+        if host.on_start is not None:
+            host.on_start(running, swaps)
+        self._running, self._swaps = running, swaps
         try:
-            if host.on_start is not None:
-                host.on_start(running, self._swaps)
             await running.start()
             if host.on_start is None:
                 await running.activate(lead=True)
         except BaseException:
-            self._running = self._swaps = None
+            await self._end(running, swaps)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        """Deactivate and close all, each before what it requires."""
-        running, swaps = self._running, self._swaps
-        self._running = self._swaps = None
-        if running is not None and swaps is not None:
-            await swaps.close()
-            await running.close()
+        """Deactivate and close all, each before what it requires. Not before then they may be started again."""
+        if self._running is not None and self._swaps is not None:
+            await self._end(self._running, self._swaps)
+
+    async def _end(self, running: Running, swaps: Swaps) -> None:
+        try:
+            await running.finish(_close(running, swaps))
+        finally:
+            self._running = self._swaps = None
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
@@ -220,7 +237,7 @@ class Services:
         """
         return HotRouter(self, token, allow_unauthenticated)
 
-    async def reload(self, name: str, **query: str) -> dict[str, Any]:
+    async def reload(self, name: str, /, **query: str) -> dict[str, Any]:
         """Swap a service in this process and return the report; under segue use ``segue reload NAME`` instead.
 
         Raises what refuses it: `UnknownServiceError`, `OptionsError`, `Unknown`, `BusyError`, `SwapRefusedError`.
@@ -233,3 +250,8 @@ class Services:
     def running(self) -> tuple[Running, Swaps] | None:
         """For segue itself."""
         return None if self._running is None or self._swaps is None else (self._running, self._swaps)
+
+
+async def _close(running: Running, swaps: Swaps) -> None:
+    await swaps.close()
+    await running.close()

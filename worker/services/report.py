@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from segue.worker.lifespan import describe
+from segue.worker.services.declaration import Declaration
+from segue.worker.services.errors import VerbError
 from segue.worker.services.instance import Instance
 from segue.worker.services.running import Running, Unit
 from segue.worker.services.swap import unhealthy
-from segue.worker.services.verbs import method
+from segue.worker.services.verbs import bounded, method
 
 PATIENCE_S = 0.3
 """How long a status waits for the services; one that takes longer is shown without figures, and why."""
@@ -36,12 +37,12 @@ class Reporter:
     """Asks the services how they are. A question that is still open isn't asked twice."""
 
     def __init__(self, running: Running) -> None:
-        self._running = running
-        self._open: dict[tuple[int, str], asyncio.Task[Any]] = {}
+        self.running = running
+        self._open: dict[tuple[Instance[Any], str], asyncio.Task[tuple[Any, str | None]]] = {}
 
     async def report(self) -> dict[str, dict[str, Any]]:
         """By name of the service."""
-        units = list(self._running.units.values())
+        units = list(self.running.units.values())
         return dict(zip((u.name for u in units), await asyncio.gather(*map(self._unit, units)), strict=True))
 
     async def _unit(self, unit: Unit) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Reporter:
             "version": unit.version,
             "initialized": instance is not None,
             "active": instance is not None and instance.active,
-            "expected_active": self._running.should_be_active(unit),
+            "expected_active": self.running.should_be_active(unit),
             "degraded": instance.degraded if instance else None,
             "since": instance.since if instance else None,
             "leases": instance.leases if instance else 0,
@@ -71,32 +72,33 @@ class Reporter:
         do = method(unit.declaration, instance.value, what)
         if do is None:
             return {"health": {"ok": True}} if what == "health" else {"metrics": {}}
-        key = (id(instance), what)
+        key = (instance, what)
         task = self._open.get(key)
         if task is None:
-            task = self._open[key] = self._running.spawn(_call(do, unit.declaration.health_timeout))
+            task = self._open[key] = self.running.spawn(_call(do, unit.declaration, instance, what))
             task.add_done_callback(lambda _: self._open.pop(key, None))
         done, _ = await asyncio.wait({task}, timeout=PATIENCE_S)
-        if not done:
+        if not done or task.cancelled():
             return {what: None, f"{what}_unknown_because": f"it takes longer than {PATIENCE_S:g} s"}
         found, error = task.result()
-        if what == "health":
-            reason = error or unhealthy(found)
-            extra = dict(found) if isinstance(found, dict) else {}
-            return {"health": extra | ({"ok": True} if reason is None else {"ok": False, "reason": reason})}
-        if error is not None or not isinstance(found, dict):
-            return {"metrics": None, "metrics_unknown_because": error or "metrics() returned no dict"}
-        return {"metrics": msgspec.to_builtins(found, str_keys=True, enc_hook=str)}
+        if what == "metrics":
+            return {"metrics": found} | ({} if error is None else {"metrics_unknown_because": error})
+        extra = found if isinstance(found, dict) else {}
+        return {"health": extra | ({"ok": True} if error is None else {"ok": False, "reason": error})}
 
 
-async def _call(do: Callable[[], Any], timeout_s: float) -> tuple[Any, str | None]:
+async def _call(
+    do: Callable[[], Any], declaration: Declaration, instance: Instance[Any], what: str
+) -> tuple[Any, str | None]:
+    """What it answers, as JSON has it, or None and what is wrong."""
+    named = f"{what} of service {declaration.name!r}"
     try:
-        found = do()
-        if inspect.isawaitable(found):
-            async with asyncio.timeout(timeout_s):
-                found = await found
-    except TimeoutError:
-        return None, f"no answer within {timeout_s:g} s"
-    except Exception as error:  # noqa: BLE001 - whatever a service raises is its report
-        return None, describe(error)
-    return found, None
+        found = await bounded(do, {}, declaration.health_timeout, named, instance.settings)
+        reason = unhealthy(found) if what == "health" else None
+        if isinstance(found, Mapping):
+            found = dict(found)
+        elif what == "metrics":
+            return None, f"{what}() returned no dict"
+        return msgspec.json.decode(msgspec.json.encode(found, enc_hook=str)), reason
+    except Exception as error:  # noqa: BLE001 - whatever a service answers is its report
+        return None, str(error) if isinstance(error, VerbError) else f"{named}: {describe(error)}"

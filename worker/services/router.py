@@ -26,12 +26,15 @@ class HotRouter:
     """``GET /status``, ``POST /reload/NAME``, ``POST /drain/start?mode=`` and ``POST /drain/stop``."""
 
     def __init__(self, services: Services, token: str | None, allow_unauthenticated: bool) -> None:
+        if token is not None and not token.strip():
+            raise ValueError("the token is empty: router(token=...) asks for a bearer token")
         if token is None and not allow_unauthenticated:
             raise ValueError(
                 "whoever can reach these endpoints can change the service: router(token=...) asks for a bearer token, "
                 "router(allow_unauthenticated=True) says that nothing else can reach them"
             )
         self._services = services
+        self._reporter: Reporter | None = None
         self._digest = None if token is None else public.token_digest(token)
         self._router = Router(
             {
@@ -49,7 +52,9 @@ class HotRouter:
         refusal = await public.drained_body(receive)
         if refusal is None and self._digest is not None:
             refusal = public.unauthorized(scope, self._digest)
-        await public.answer(send, refusal or await self._answer(scope))
+        response = refusal or await self._answer(scope)
+        scope["query_string"] = b""  # which may have secrets in it, and which uvicorn's access log shows
+        await public.answer(send, response)
 
     async def _answer(self, scope: Any) -> Response:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -61,7 +66,11 @@ class HotRouter:
 
     async def _status(self, _: Request) -> Response:
         running = self._services.running
-        report = {} if running is None else await Reporter(running[0]).report()
+        report: dict[str, dict[str, Any]] = {}
+        if running is not None:
+            if self._reporter is None or self._reporter.running is not running[0]:
+                self._reporter = Reporter(running[0])
+            report = await self._reporter.report()
         return json_response(
             {
                 "pid": os.getpid(),

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from segue.handoff.messages import ServiceRecord
 from segue.worker.services.declaration import Declaration, order
@@ -17,6 +17,7 @@ from segue.worker.services.instance import Instance, Slot
 from segue.worker.services.options import Resolved, resolve
 from segue.worker.services.verbs import bounded, has, tell
 
+T = TypeVar("T")
 _log = logging.getLogger("segue.services")
 
 _RETRY_FIRST_S = 0.5
@@ -60,9 +61,17 @@ class Running:
     """All services of one registry."""
 
     def __init__(
-        self, declarations: Mapping[str, Declaration], slots: Mapping[str, Slot[Any]], host: Host
+        self,
+        declarations: Mapping[str, Declaration],
+        slots: Mapping[str, Slot[Any]],
+        host: Host,
+        elsewhere: Collection[str] = (),
     ) -> None:
+        """`elsewhere`: what other registries of the process declare, of which the settings file may speak as well."""
         self.host = host
+        self.closed = False
+        """Its end has begun, or was reached."""
+        self._elsewhere = elsewhere
         self.lead = False
         """Whether this process is the one on which services of the generation are active."""
         self.active = False
@@ -72,6 +81,7 @@ class Running:
             for name in order(declarations)
         }
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ends: set[asyncio.Task[Any]] = set()
 
     @property
     def handover_s(self) -> float:
@@ -82,18 +92,29 @@ class Running:
         """The services that require `name` themselves."""
         return [unit for unit in self.units.values() if name in unit.declaration.requires]
 
-    def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
+    def spawn(self, work: Awaitable[T]) -> asyncio.Task[T]:
         """Do something beside, until the end at most."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def ending(self, work: Awaitable[T]) -> asyncio.Task[T]:
+        """Do something beside that comes to an end by itself, and must, even while all is being closed."""
+        task = asyncio.ensure_future(work)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+        return task
+
+    async def finish(self, work: Awaitable[T]) -> T:
+        """Wait for such work; it goes on if whoever waits is cancelled."""
+        return await asyncio.shield(self.ending(work))
+
     # ------------------------------------------------------------------------------------------ start and close
 
     async def start(self) -> None:
-        """Start all. If one fails, those before it are closed again; raises `VerbError` or `OptionsError`."""
-        stray = self.host.place.known_sections() - self.units.keys()
+        """Start all. If one fails, it and those before it are closed; raises `VerbError`, `OptionsError`, `Unknown`."""
+        stray = self.host.place.known_sections() - self.units.keys() - set(self._elsewhere)
         if stray:
             raise OptionsError(
                 f"{self.host.place.file}: services.{sorted(stray)[0]}: no such service; "
@@ -103,14 +124,18 @@ class Running:
             for unit in self.units.values():
                 resolved = resolve(unit.declaration, self.host.place, None, unit.choices, None)
                 instance = await self.build(unit, resolved, unit.version)
+                try:
+                    await tell(unit.declaration, instance, "start")
+                except BaseException:
+                    await self.finish(self.close_instance(unit, instance))
+                    raise
                 unit.slot.current = instance
-                await tell(unit.declaration, instance.value, "start", unit.declaration.start_timeout)
         except BaseException:
-            await asyncio.shield(self.close())
+            await self.finish(self.close())
             raise
 
     async def build(self, unit: Unit, resolved: Resolved, version: int) -> Instance[Any]:
-        """Make an instance. Raises `VerbError`."""
+        """Make an instance. Raises `VerbError` and `Unknown`."""
         declaration = unit.declaration
         previous = unit.slot.current
         offered = {name: self.units[name].instance.value for name in declaration.requires} | {
@@ -120,31 +145,50 @@ class Running:
         }
         named = {name: value for name, value in offered.items() if name in declaration.takes}
         what = f"the factory of service {declaration.name!r}"
-        value = await bounded(declaration.factory, (), named, declaration.start_timeout, what)
+        value = await bounded(
+            declaration.factory, named, declaration.start_timeout, what, (resolved.settings, resolved.options)
+        )
         return Instance(value, resolved.settings, version, self._loop)
 
     async def close(self) -> None:
-        """Deactivate and close all, each before what it requires, and what is left of those that were replaced."""
-        await self.deactivate()
-        for unit in reversed(self.units.values()):
-            for instance in (*unit.retiring, *filter(None, [unit.slot.current])):
-                await instance.unleased(unit.declaration.close_timeout)
-                await self.close_instance(unit, instance)
-            unit.retiring.clear()
-            unit.slot.current = None
-        for task in list(self._tasks):
-            task.cancel()
+        """Deactivate and close all, each before what it requires, and what is left of those that were replaced.
+
+        Leases that are still out are waited for, all of them together for as long as the services' `close_timeout`.
+        """
+        self.closed = True
+        began = self._loop.time()
+        try:
+            await self.deactivate()
+            for unit in reversed(self.units.values()):
+                current, unit.slot.current = unit.slot.current, None  # nobody gets it any more
+                for instance in (*unit.retiring, *([] if current is None else [current])):
+                    left_s = began + unit.declaration.close_timeout - self._loop.time()
+                    if not await instance.unleased(max(0.0, left_s)):
+                        unit.fail(
+                            f"{instance.leases} leases are still out at the end; it is closed all the same"
+                        )
+                    await self.close_instance(unit, instance)
+                unit.retiring.clear()
+        finally:
+            for unit in self.units.values():
+                unit.slot.current = None
+            for task in list(self._tasks):
+                task.cancel()
 
     async def close_instance(self, unit: Unit, instance: Instance[Any]) -> str | None:
-        """Close it once, whatever it says; returns why it failed to."""
-        if instance.closed:
-            return None
-        instance.closed = True
+        """Close it once, however many ask for it; returns why it failed to."""
+        if instance.closing is None:
+            instance.closing = asyncio.ensure_future(self._close_instance(unit, instance))
+        return await asyncio.shield(instance.closing)
+
+    async def _close_instance(self, unit: Unit, instance: Instance[Any]) -> str | None:
         try:
-            await tell(unit.declaration, instance.value, "close", unit.declaration.close_timeout)
+            await tell(unit.declaration, instance, "close")
         except VerbError as error:
             unit.fail(str(error))
             return str(error)
+        if has(unit.declaration, instance.value, "close"):
+            instance.active = False
         return None
 
     # --------------------------------------------------------------------------------- activate and deactivate
@@ -165,8 +209,8 @@ class Running:
 
     async def activate_now(self, unit: Unit) -> None:
         """Activate the current instance, if it is to be active; again later if it can't be now."""
-        if not await self.activate_instance(unit):
-            self._retry_later(unit)
+        if not await self._activate_instance(unit) and (unit.retry is None or unit.retry.done()):
+            unit.retry = self.spawn(self._retry(unit))
 
     def should_be_active(self, unit: Unit) -> bool:
         """Whether it is to take work here."""
@@ -192,40 +236,59 @@ class Running:
         await self.activate_now(unit)
         return True
 
-    async def activate_instance(self, unit: Unit) -> bool:
-        """Activate its current instance, if it is to be active and isn't."""
+    async def _activate_instance(self, unit: Unit) -> bool:
+        """Activate its current instance, if it is to be active and isn't for certain."""
         async with unit.moving:
             instance = unit.slot.current
-            if instance is None or instance.active or not self.should_be_active(unit):
+            if instance is None or not self.should_be_active(unit):
                 return True
-            instance.active = True
-            try:
-                await tell(unit.declaration, instance.value, "activate", unit.declaration.activate_timeout)
-            except VerbError as error:
-                await self.deactivate_instance(unit, instance)  # it may have come half way
-                instance.degraded = str(error)
-                unit.fail(str(error))
-                return False
-            instance.degraded = None
-            return True
+            if instance.active and instance.degraded is None:
+                return True
+            reason = await self._obstacle(unit, instance)
+            if reason is None:
+                instance.active = True
+                try:
+                    await tell(unit.declaration, instance, "activate")
+                except VerbError as error:
+                    unit.fail(str(error))
+                    reason = str(error)
+                    await self._undo(unit, instance)
+                except BaseException:
+                    instance.degraded = "its activation was cut short"
+                    raise
+            instance.degraded = reason
+            return reason is None
 
-    def _retry_later(self, unit: Unit) -> None:
-        if unit.retry is None or unit.retry.done():
-            unit.retry = self.spawn(self._retry(unit))
+    async def _obstacle(self, unit: Unit, instance: Instance[Any]) -> str | None:
+        """Why an instance can't be activated now."""
+        if instance.closing is not None:
+            return "it was closed, since it did not let go of its work; a swap makes a new one"
+        for old in list(unit.retiring):
+            if not await self.deactivate_instance(unit, old):
+                return f"version {old.version} has not let go of its work"
+        return None
+
+    async def _undo(self, unit: Unit, instance: Instance[Any]) -> None:
+        """An activation has failed, and may have come half way. If this fails too, the instance counts as active."""
+        try:
+            await tell(unit.declaration, instance, "deactivate")
+        except VerbError as error:
+            unit.fail(str(error))
+        else:
+            instance.active = False
 
     async def _retry(self, unit: Unit) -> None:
         pause_s = _RETRY_FIRST_S
         while self.should_be_active(unit):
             await asyncio.sleep(pause_s)
-            if await self.activate_instance(unit):
+            if await self._activate_instance(unit):
                 return
             pause_s = min(_RETRY_CAP_S, pause_s * 2)
 
     async def _deactivate_one(self, unit: Unit) -> bool:
         async with unit.moving:
-            if unit.slot.current is None:
-                return True
-            return await self.deactivate_instance(unit, unit.slot.current)
+            instances = [*unit.retiring, *filter(None, [unit.slot.current])]
+            return all([await self.deactivate_instance(unit, instance) for instance in instances])
 
     async def deactivate_instance(self, unit: Unit, instance: Instance[Any]) -> bool:
         """Let it take no more work.
@@ -236,17 +299,16 @@ class Running:
         if not instance.active:
             return True
         try:
-            await tell(unit.declaration, instance.value, "deactivate", unit.declaration.deactivate_timeout)
+            await tell(unit.declaration, instance, "deactivate")
         except VerbError as error:
             unit.fail(str(error))
             instance.degraded = str(error)
-            if unit.declaration.per == "worker":
-                instance.active = False
-                return True
-            if not has(unit.declaration, instance.value, "close"):
-                return False
-            if await self.close_instance(unit, instance) is not None:
-                instance.closed = False  # so that it is tried again
-                return False
+            if unit.declaration.per == "generation":
+                await self.close_instance(unit, instance)
+                if instance.active:
+                    instance.closing = None  # so that it is tried again
+                    return False
+        else:
+            instance.degraded = None
         instance.active = False
         return True
