@@ -163,6 +163,7 @@ def scale_queued(turn: Turn) -> None:
     if state.scaling is None and state.scale_queued is not None:
         event, state.scale_queued = state.scale_queued, None
         scale_asked(turn, event)
+        check_scaling(turn)  # it may be so already
     if state.scaling is None and state.scale_delta:
         delta, state.scale_delta = state.scale_delta, 0
         scale_asked(turn, m.ScaleAsked(None, delta=delta))

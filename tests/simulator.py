@@ -299,6 +299,7 @@ class World:
             self.now, _, happening = heapq.heappop(self._happenings)
             happening()
         self.now = end
+        self._steps_now = 0
         late, self._frozen = self._frozen, None
         if due is not None and due <= self.now:
             if self.now - due > LATE_S:
