@@ -20,11 +20,13 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/segue
 
 # The built-in application on http://127.0.0.1:8000
 run: $(BIN)/segue
-	@echo "segue serves http://127.0.0.1:8000; in another terminal, reload it: $(BIN)/segue reload"
+	@echo "A chat page on http://127.0.0.1:8000. While you talk, in another terminal:"
+	@echo "    $(BIN)/segue reload                               # new processes"
+	@echo "    $(BIN)/segue reload personality --profile warm    # one service inside the running ones"
 	@exec $(BIN)/segue serve $(ARGS)
 
 test: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh curl util-linux
+	@sh tests/setup.sh curl util-linux mosquitto chromium
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev

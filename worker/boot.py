@@ -21,7 +21,7 @@ from segue.worker.output import BootOutput
 from segue.worker.priority import BootPriority
 from segue.worker.telling import Telling
 
-_BUILTIN = "segue.worker.builtin:app"
+_BUILTIN = "segue.worker.backend.assembly:app"
 _EXIT_NOT_A_WORKER = 2
 _EXIT_FAILED_START = 3
 _MAX_EXIT_S = 10.0
@@ -104,6 +104,8 @@ def _run(
     )
     if options.get("use_colors") is None and on_terminal:
         options["use_colors"] = True
+    # where the built-in application keeps what must last: one place for each instance
+    os.environ["SEGUE_INSTANCE_NAME"] = spec.instance
     host = Host(Place(spec.settings_file, spec.env_file), spec.services, master_socket=spec.master_socket)
     enter(host)
     services = Hosted(host)

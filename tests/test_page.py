@@ -1,0 +1,52 @@
+"""The chat page in a real browser: it streams, says who answered, and goes on over every swap."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from browser import browser
+from scenario import ROOT, supervised
+
+LAST = "[...document.querySelectorAll('article.assistant')].at(-1)"
+
+
+def test_the_page_streams_over_reloads_and_swaps_and_says_who_answered(tmp_path: Path) -> None:
+    (tmp_path / "segue.toml").write_text("")
+    env = {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path)}
+    with supervised("--workers", "2", cwd=tmp_path, env=env) as master, browser() as page:
+        origin = f"http://127.0.0.1:{master.port}/"
+        page.open(origin)
+        page.wait("document.activeElement.id === 'message'")
+        page.wait("document.getElementById('model').textContent === 'offline'")
+
+        def say(text: str) -> None:
+            page.type(text)
+            page.press_enter()
+
+        say("hello there")
+        page.wait(f"{LAST}?.querySelector('footer')?.textContent.includes('generation 1')")
+        assert page.run(f"{LAST}.querySelector('p').textContent")
+        say("calculate 6*7")
+        page.wait(f"{LAST}.querySelector('footer')?.textContent.includes('used')")
+        assert "42" in page.run(f"{LAST}.querySelector('p').textContent")
+        master.reload()
+        done = master.command("reload", "personality", "--profile", "warm")
+        assert done.returncode == 0, done.stderr
+        assert "EmotionSystem" in done.stdout
+        assert "DialogueManager" in done.stdout
+        say("tell me about yourself")
+        page.wait(f"{LAST}.querySelector('footer')?.textContent.includes('generation 2')")
+        assert "warm" in page.run(f"{LAST}.querySelector('footer').textContent")
+        page.wait("document.getElementById('personality').textContent === 'warm'")
+        assert page.run("document.querySelectorAll('article.wrong').length") == 0
+        assert page.run("document.querySelectorAll('article').length") == 6
+        if os.environ.get("SEGUE_SCREENSHOT"):
+            page.screenshot(ROOT / "docs" / "chat.png")
+        # the conversation is the service's: it is there again after the page was loaded anew, from another generation
+        master.reload("--wait", "drained")
+        page.open(origin)
+        page.wait("document.querySelectorAll('article.assistant').length === 3")
+        assert not page.errors
+        assert all(url.startswith((origin, "data:", "about:")) for url in page.requested), page.requested
+        master.stop()

@@ -1,0 +1,92 @@
+"""The AI backend as an application: its services, declared, and its endpoints. ``segue serve`` without APP serves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+import segue
+from segue.worker.backend.dialogue import DialogueManager, DialogueSettings
+from segue.worker.backend.emotion import EmotionSettings, EmotionSystem
+from segue.worker.backend.http.api import Api
+from segue.worker.backend.http.endpoint import Endpoint, answer
+from segue.worker.backend.http.openai_api import OpenAIApi
+from segue.worker.backend.http.openapi import document
+from segue.worker.backend.http.parts import Parts
+from segue.worker.backend.lis import LIS, LISSettings
+from segue.worker.backend.llm import LLMSettings, MultiLLMService
+from segue.worker.backend.mcp_connector import MCPConnector, MCPSettings
+from segue.worker.backend.memory import HAMMemoryManager, MemorySettings
+from segue.worker.backend.personality import PersonalityManager, PersonalitySettings
+from segue.worker.backend.tools import ToolDispatcher, ToolOptions, ToolSettings
+
+_PAGE = Path(__file__).parent / "page"
+
+
+def declare(services: segue.Services) -> Parts:
+    """Declare all parts; what a swap of each reports as rewired follows from who requires it."""
+    memory = services.declare("memory", HAMMemoryManager, settings=MemorySettings, title="HAMMemoryManager")
+    lis = services.declare("lis", LIS, settings=LISSettings, title="LIS")
+    llm = services.declare(
+        "llm", MultiLLMService, requires=[lis], settings=LLMSettings, title="MultiLLMService"
+    )
+    mcp = services.declare("mcp", MCPConnector, settings=MCPSettings, title="MCPConnector")
+    tools = services.declare(
+        "tools",
+        ToolDispatcher,
+        requires=[llm, mcp, lis],
+        settings=ToolSettings,
+        options=ToolOptions,
+        title="ToolDispatcher",
+    )
+    personality = services.declare(
+        "personality", PersonalityManager, settings=PersonalitySettings, title="PersonalityManager"
+    )
+    emotion = services.declare(
+        "emotion", EmotionSystem, requires=[personality], settings=EmotionSettings, title="EmotionSystem"
+    )
+    dialogue = services.declare(
+        "dialogue",
+        DialogueManager,
+        requires=[llm, tools, personality, emotion, memory, lis],
+        settings=DialogueSettings,
+        title="DialogueManager",
+    )
+    return Parts(memory, lis, llm, mcp, tools, personality, emotion, dialogue)
+
+
+def create() -> Starlette:
+    """The application."""
+    services = segue.Services()
+    parts = declare(services)
+    endpoints: list[Endpoint] = [*Api(parts).endpoints(), *OpenAIApi(parts).endpoints()]
+    described: dict[str, Any] = {}
+
+    async def openapi(_: Request) -> Response:
+        if not described:
+            described.update(document(endpoints))
+        return answer(described)
+
+    async def ping(_: Request) -> Response:
+        return PlainTextResponse("pong")
+
+    app = Starlette(
+        routes=[
+            *(endpoint.route() for endpoint in endpoints),
+            Route("/openapi.json", openapi),
+            Route("/ping", ping),
+        ],
+        lifespan=services.lifespan,
+    )
+    # last, since it takes every path that is left
+    app.mount("/", StaticFiles(directory=_PAGE, html=True))
+    return app
+
+
+app = create()
