@@ -11,10 +11,12 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from segue.worker.backend.conversation import Chunk, Message, Sampling, Tool, ToolCall
 from segue.worker.backend.llm.errors import LLMError, ProviderError
 from segue.worker.backend.llm.settings import OFFICIAL, Provider
+from segue.worker.services.secret import hide
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -27,6 +29,8 @@ _NO_KEY = "none"
 _OWN_FAULT = frozenset({400, 413, 422})
 _NOT_OURS = frozenset({401, 403, 404})
 _TOO_MANY = 429
+_SHOWN = 300
+"""Characters of what a server says of an error."""
 _THOUGHTS = ("reasoning_content", "reasoning")
 """Where servers put what a model thinks before it answers: a sign of life, and no part of the answer."""
 _FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "function_call": "tool_calls"}
@@ -99,7 +103,7 @@ class OpenAIProvider:
         except TimeoutError:
             raise self._told(f"did not answer within {timeout_s:g} s") from None
         except Exception as error:
-            failure = _understood(error)
+            failure = self._understood(error)
             if failure.status == 404:  # it serves, but keeps no list
                 return
             raise self._told(str(failure)) from error
@@ -135,7 +139,7 @@ class OpenAIProvider:
         except TimeoutError:
             raise ProviderError(f"did not answer within {first_s:g} s", status=504) from None
         except Exception as error:
-            raise _understood(error) from error
+            raise self._understood(error) from error
         answer = _Answer(self.provider.name, model)
         async with stream, contextlib.aclosing(_pieces(stream)) as pieces:
             deadline = begin_by
@@ -146,7 +150,7 @@ class OpenAIProvider:
                 except TimeoutError:
                     raise _silent(self.provider, answer.begun, loop.time() >= end) from None
                 except Exception as error:
-                    failure = _understood(error)
+                    failure = self._understood(error)
                     raise ProviderError(
                         _cut(failure) if answer.begun else str(failure),
                         status=failure.status,
@@ -166,8 +170,34 @@ class OpenAIProvider:
             raise LLMError(f"provider {self.provider.name} is closed", 503)
         return self._shared.client
 
+    def _understood(self, error: Exception) -> ProviderError:
+        """What an error of the client means."""
+        import openai
+
+        if isinstance(error, ProviderError):
+            return error
+        if isinstance(error, LLMError):
+            return ProviderError(str(error), status=error.status)
+        if isinstance(error, openai.APITimeoutError):
+            return ProviderError("did not answer in time", status=504)
+        if isinstance(error, openai.APIConnectionError):
+            why = error.__cause__ or error
+            return ProviderError(f"can't be reached: {self._shown(why)}", retry=True)
+        if isinstance(error, openai.APIStatusError):
+            return _refused(error.status_code, self._shown(error), error.response.headers.get("retry-after"))
+        if isinstance(error, openai.APIError):  # told in the middle of a stream
+            return ProviderError(f"says: {self._shown(error)}", retry=True)
+        return ProviderError(f"answers garbage: {type(error).__name__}: {self._shown(error)}", retry=True)
+
+    def _shown(self, error: BaseException) -> str:
+        """Its message, in which a server may repeat the key."""
+        text = str(getattr(error, "message", error)) or type(error).__name__
+        key = self._shared.key if self._shared else None
+        return hide(text, [key] if key else [])[:_SHOWN]
+
     def _told(self, reason: str) -> LLMError:
-        where = self.provider.base_url or OFFICIAL
+        parts = urlsplit(self.provider.base_url or OFFICIAL)
+        where = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
         return LLMError(f"provider {self.provider.name} ({where}) {reason}", 502)
 
 
@@ -298,26 +328,6 @@ def _cut(failure: ProviderError) -> str:
     return f"the stream was cut off: {failure}"
 
 
-def _understood(error: Exception) -> ProviderError:
-    """What an error of the client means."""
-    import openai
-
-    if isinstance(error, ProviderError):
-        return error
-    if isinstance(error, LLMError):
-        return ProviderError(str(error), status=error.status)
-    if isinstance(error, openai.APITimeoutError):
-        return ProviderError("did not answer in time", status=504)
-    if isinstance(error, openai.APIConnectionError):
-        why = error.__cause__ or error
-        return ProviderError(f"can't be reached: {why or type(why).__name__}", retry=True)
-    if isinstance(error, openai.APIStatusError):
-        return _refused(error.status_code, _said(error), error.response.headers.get("retry-after"))
-    if isinstance(error, openai.APIError):  # told in the middle of a stream
-        return ProviderError(f"says: {_said(error)}", retry=True)
-    return ProviderError(f"answers garbage: {type(error).__name__}: {str(error)[:200]}", retry=True)
-
-
 def _refused(status: int, said: str, after: str | None) -> ProviderError:
     reason = f"answers {status}: {said}"
     if status in _OWN_FAULT:
@@ -328,10 +338,6 @@ def _refused(status: int, said: str, after: str | None) -> ProviderError:
     if status == _TOO_MANY:
         return ProviderError(reason, status=503, retry=True, after_s=_seconds(after))
     return ProviderError(reason, retry=status >= 500 or status in {408, 409}, after_s=_seconds(after))
-
-
-def _said(error: Any) -> str:
-    return " ".join(str(getattr(error, "message", error)).split())[:300]
 
 
 def _seconds(text: str | None) -> float | None:

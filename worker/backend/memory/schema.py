@@ -69,12 +69,11 @@ def connect(path: str, durability: Durability, busy_timeout_s: float) -> sqlite3
 
 
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
-    if _version(connection) == VERSION:
+    if _check(connection, path) == VERSION:
         return
     _patiently(connection, "BEGIN IMMEDIATE")
     try:
-        _check(connection, path)  # another process may have been faster
-        if _version(connection) == 0:
+        if _check(connection, path) == 0:  # another process may have been faster
             for statement in _statements(_TABLES):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {VERSION}")
@@ -85,19 +84,20 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
         raise
 
 
-def _check(connection: sqlite3.Connection, path: str) -> None:
-    found = _version(connection)
+def _check(connection: sqlite3.Connection, path: str) -> int:
+    """The version of the tables, 0 if there are none. Raises `MemoryFailedError` for what isn't ours."""
+    # in one statement, since another process may be making them
+    found, tables = connection.execute(
+        "SELECT (SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_schema)"
+    ).fetchone()
     if found > VERSION:
         raise MemoryFailedError(
             f"{path} was written by a newer segue (version {found} of the store, this one knows {VERSION}): "
             "run that one, or set another path"
         )
-    if found == 0 and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+    if found == 0 and tables:
         raise MemoryFailedError(f"{path} is a database of something else: set another path")
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    return int(found)
 
 
 def _statements(script: str) -> list[str]:
