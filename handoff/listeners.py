@@ -16,6 +16,7 @@ import stat
 import msgspec
 
 from segue.handoff.messages import ListenerInfo
+from segue.handoff.occupant import occupant
 
 _UNIX_MODE = 0o666  # as uvicorn: access is ruled by the directory
 
@@ -75,10 +76,28 @@ def adopt_listener(fd: int) -> Listener:
     return _listener(address, 0, sock)
 
 
+def known_listener(bind: str, number: int, fd: int) -> Listener | None:
+    """The `number`-th listener of `bind` again, from a copy of its socket; `fd` is closed.
+
+    None if it is of no use: it doesn't listen any more, or its name in the file system is gone.
+    """
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    try:
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, "it doesn't listen")
+        if bind.startswith("unix:") and not _is_ours(bind.removeprefix("unix:"), sock):
+            raise OSError(errno.ENOENT, "its name is gone")
+    except OSError:
+        sock.close()
+        return None
+    return _listener(bind, number, sock)
+
+
 def _listener(bind: str, number: int, sock: socket.socket) -> Listener:
     family = {socket.AF_INET: "inet", socket.AF_INET6: "inet6"}.get(sock.family, "unix")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bind).strip("-") + (f"-{number}" if number else "")
-    return Listener(bind, ListenerInfo(name, _address(sock), family), sock)
+    return Listener(bind, ListenerInfo(name, _address(sock), family, bind), sock)
 
 
 def _address(sock: socket.socket) -> str:
@@ -160,6 +179,8 @@ def _bind_unix(path: str) -> socket.socket:
 
 def _is_ours(path: str, sock: socket.socket) -> bool:
     """Whether the name still leads to this socket, and not to one that somebody bound there since."""
+    if not os.path.exists(path):
+        return False
     with open("/proc/net/unix") as table:
         inode = str(os.fstat(sock.fileno()).st_ino)
         return any(fields[6:8] == [inode, path] for fields in map(str.split, table))
@@ -177,5 +198,7 @@ _HINTS = {
 
 def _explain(bind: str, error: OSError) -> str:
     hint = _HINTS.get(error.errno or 0)
+    if error.errno == errno.EADDRINUSE and (who := occupant(bind)):
+        hint = f"{who} listens there; stop it or choose another address"
     reason = error.strerror or str(error)
     return f"cannot listen on {bind}: {reason}" + (f" ({hint})" if hint else "")

@@ -16,6 +16,11 @@ HOT = "/api/v1/hot"
 """Where the control endpoints stand, on the master's control socket, a worker's private socket and,
 with a token file, on the public listener."""
 
+EPOCH_HEADER = "X-Segue-Epoch"
+"""On every command of a master to a worker: how many masters the instance has had, this one included. A worker refuses
+one that is lower than the highest that it knows, with `EPOCH_MEMBER` in its problem document."""
+EPOCH_MEMBER = "epoch"
+
 
 class FdName(enum.StrEnum):
     """Names in a worker's ``LISTEN_FDNAMES`` that aren't those of a public listener."""
@@ -87,6 +92,8 @@ class ListenerInfo(msgspec.Struct, frozen=True):
     """``127.0.0.1:8000``, ``[::1]:8000`` or ``unix:/path``, as it is bound (a port 0 replaced by the real one)."""
     family: str
     """``inet``, ``inet6`` or ``unix``."""
+    bind: str = ""
+    """What asked for it, as the settings write it."""
 
 
 class ServiceRecord(msgspec.Struct, frozen=True):
@@ -152,6 +159,14 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue_limit: int = 1000
     """How many requests an operator's drain in the mode ``queue`` holds at most."""
     queue_timeout_s: float = 30.0
+    adoption_path: str | None = None
+    """Where a later master finds this worker (`segue.handoff.adoption`); bound by the worker."""
+    identity: str = ""
+    """The instance's own random name: another instance in a directory of the same name is not its master."""
+    epoch: int = 0
+    """Of the master that starts it."""
+    fingerprint: str = ""
+    """That of its generation's code."""
 
 
 class WorkerStatus(msgspec.Struct):

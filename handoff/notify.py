@@ -53,8 +53,13 @@ class Notification(msgspec.Struct, frozen=True):
 class NotifySocket:
     """The receiving end: bound at `path`, readable by its owner only."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int | None = None) -> None:
+        """`fd` is the descriptor of such a socket that this process has bound there before it began anew."""
         self.path = path
+        if fd is not None:
+            self._socket = socket.socket(fileno=fd)
+            self._socket.setblocking(False)
+            return
         self._socket = socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         )

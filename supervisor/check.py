@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +39,7 @@ def check(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Verdict:
 async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[str, str]) -> Verdict:
     spec = msgspec.structs.replace(taken.spec(instance, 1, 1), check_only=True)
     relay = spawning.Relay.create()
-    lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
+    lifeline = spawning.Lifeline.create()
     notify = NotifySocket(instance.notify)
     phase, failure = "boot", ""
 
@@ -53,7 +52,7 @@ async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     try:
-        process = spawning.spawn(taken.python, spec, {}, relay, lifeline_read, environ)
+        process = spawning.spawn(taken.python, spec, {}, relay, lifeline, environ)
     except spawning.SpawnError as error:
         return Verdict(ok=False, reason=f"the worker {error}")
     loop.add_reader(notify.fileno(), read)
@@ -82,5 +81,4 @@ async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[
         process.close()
         notify.close()
         relay.close()
-        os.close(lifeline_read)
-        os.close(lifeline_write)
+        lifeline.close()

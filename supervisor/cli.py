@@ -221,6 +221,19 @@ def scale(
     click.echo("1 worker serves" if workers == 1 else f"{workers} workers serve")
 
 
+@cli.command(epilog=exits.EPILOG)
+@_instance_options
+@click.option("--no-wait", is_flag=True, help="Return at once.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
+def upgrade(
+    name: str | None, runtime_dir: str | None, no_wait: bool, timeout: float | None, as_json: bool
+) -> None:
+    """Let the master itself take on the segue and the settings that are on disk; the workers serve on."""
+    operation = _change(_find(runtime_dir, name), f"{HOT}/upgrade", no_wait, timeout, as_json)
+    click.echo(f"the master was upgraded ({sum(operation['phases'].values()):.2f} s)")
+
+
 @cli.group()
 def drain() -> None:
     """The operator's drain: readiness is off, so that balancers send elsewhere; what still comes is answered."""

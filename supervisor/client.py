@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from segue.handoff.http import CallError, Response, call
@@ -19,6 +20,9 @@ READ_TIMEOUT_S = 10.0
 _POLL_S = 20.0
 _KILL_GRACE_S = 10.0
 _RELEASE_S = 5.0
+_UPGRADE_S = 10.0
+"""How long a master may hang up on who follows an operation."""
+_RETRY_S = 0.05
 _LONGEST_STOP_S = 86400.0
 
 
@@ -58,7 +62,19 @@ def follow(
         target = f"{HOT}/operations/{operation['id']}?wait={left:.3f}&phase={operation['phase'].replace(' ', '%20')}"
         if drained:
             target += "&until=drained"
-        operation = _call(instance, "GET", target, left + READ_TIMEOUT_S).json()
+        operation = _ask_again(instance, target, left + READ_TIMEOUT_S).json()
+
+
+def _ask_again(instance: Instance, target: str, timeout_s: float) -> Response:
+    """A master that upgrades itself in place hangs up, and is there again in a moment."""
+    deadline = time.monotonic() + _UPGRADE_S
+    while True:
+        try:
+            return _call(instance, "GET", target, timeout_s)
+        except InstanceError:
+            if instance.locked_by() is None or time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_S)
 
 
 def orphans(instance: Instance) -> list[dict[str, Any]]:
@@ -92,8 +108,9 @@ def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             poll.poll(1000)
         os.close(pidfd)
-    for path in instance.worker_sockets():
-        os.unlink(path)
+    for key in instance.worker_keys():
+        instance.forget_worker(*key)
+    Path(instance.journal).unlink(missing_ok=True)
     return list(pidfds)
 
 

@@ -45,19 +45,29 @@ class Control:
                 ("POST", f"{HOT}/drain/stop"): self._drain_stop,
                 ("POST", f"{HOT}/scale"): self._scale,
                 ("POST", f"{HOT}/stop"): self._stop,
+                ("POST", f"{HOT}/upgrade"): self._upgrade,
             }
         )
 
-    async def listen(self) -> None:
-        """Serve the control socket: mode 0600, and the peer's user is checked besides."""
+    async def listen(self, inherited: int | None = None) -> int:
+        """Serve the control socket: mode 0600, and the peer's user is checked besides. Returns its descriptor.
+
+        `inherited` is that descriptor, if this process has opened it before it began anew.
+        """
         path = self._master.instance.control
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(path)
-        os.chmod(path, 0o600)
+        if inherited is not None and os.path.exists(path):
+            sock = socket.socket(fileno=inherited)
+        else:
+            if inherited is not None:
+                os.close(inherited)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.bind(path)
+            os.chmod(path, 0o600)
         sock.setblocking(False)
         self._servers.append(await serve(sock, self._on_socket))
+        return sock.fileno()
 
     async def listen_admin(self, sock: socket.socket) -> None:
         """Serve ``--admin`` on a bound TCP socket."""
@@ -164,6 +174,16 @@ class Control:
     async def _stop(self, request: Request) -> Response:
         at_once = request.query.get("now", "0") not in {"0", "false", ""}
         return await self._ask(request, lambda by: self._master.ask_stop(by, at_once))
+
+    async def _upgrade(self, request: Request) -> Response:
+        """Answers once it is known whether the new code starts: its end is told by the new master alone."""
+        operation = self._master.ask_upgrade(_who(request))
+        await operation.wait(_seconds(request, "wait", MAX_WAIT_S), phase="queued")
+        await operation.wait(_seconds(request, "wait", MAX_WAIT_S), phase="try")
+        location = {"Location": f"{HOT}/operations/{operation.number}"}
+        if operation.ok is False:
+            return problem(409, operation.reason, location, operation=operation.document())
+        return json_response(operation.document(), 202, location)
 
     async def _ask(self, request: Request, ask: Callable[[str], Operation]) -> Response:
         wait = _seconds(request, "wait", MAX_WAIT_S)

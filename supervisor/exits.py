@@ -29,6 +29,6 @@ SERVE_EPILOG = (
     "Exit status: 0 stopped cleanly; 1 stopped, but something was cut off or nothing served; "
     "2 wrong flags or settings; 3 the first generation did not start; 5 the instance runs already or its "
     "directory can't be used. Signals: HUP reload, TERM/INT stop (twice: at once), QUIT stop at once, "
-    "TTIN/TTOU one worker more/less."
+    "TTIN/TTOU one worker more/less, USR2 upgrade of the master in place."
 )
 CHECK_EPILOG = "Exit status: 0 it would start; 2 wrong flags or settings; 3 it would not, and why."

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -14,12 +15,16 @@ from pathlib import Path
 
 import msgspec
 
+from segue.handoff import adoption
+
 CONTROL = "control.sock"
 NOTIFY = "notify.sock"
 LOCK = "master.lock"
+JOURNAL = "journal"
 _MAX_SOCKET_PATH = 107
 """Bytes in ``sun_path`` less the closing zero, unix(7)."""
-_LONGEST_NAME = len("g99999w9999.sock")
+_LONGEST_NAME = len("g99999w9999.adopt")
+_WORKER_SOCKET = re.compile(r"g([0-9]+)w([0-9]+)\.(?:sock|adopt)")
 
 
 class InstanceError(Exception):
@@ -59,9 +64,29 @@ class Instance:
         """The socket to which workers report."""
         return os.path.join(self.directory, NOTIFY)
 
+    @property
+    def journal(self) -> str:
+        """What a master writes down for the next one."""
+        return os.path.join(self.directory, JOURNAL)
+
     def worker_socket(self, generation: int, worker: int) -> str:
         """The private socket of a worker."""
         return os.path.join(self.directory, f"g{generation}w{worker}.sock")
+
+    def adoption_socket(self, generation: int, worker: int) -> str:
+        """Where a later master finds a worker."""
+        return os.path.join(self.directory, f"g{generation}w{worker}{adoption.SUFFIX}")
+
+    def worker_keys(self) -> list[tuple[int, int]]:
+        """Generation and worker of those whose sockets are there, whether they live or not."""
+        found = filter(None, map(_WORKER_SOCKET.fullmatch, os.listdir(self.directory)))
+        return sorted({(int(match[1]), int(match[2])) for match in found})
+
+    def forget_worker(self, generation: int, worker: int) -> None:
+        """Remove what a worker that has ended may have left behind."""
+        for path in (self.worker_socket(generation, worker), self.adoption_socket(generation, worker)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def worker_sockets(self) -> list[str]:
         """Those that exist, of workers that run and of ones that were killed."""
@@ -88,12 +113,20 @@ class Instance:
                 "choose another with --runtime-dir"
             ) from error
 
-    def lock(self, binds: list[str]) -> None:
+    def lock(self, binds: list[str], inherited: int | None = None) -> None:
         """Become the master of this instance, for as long as this process lives (flock(2)).
 
-        Raises `LockedError` that names who is.
+        `inherited` is the descriptor of the lock that this very process took before it began anew. Raises
+        `LockedError` that names who is master.
         """
         path = os.path.join(self.directory, LOCK)
+        if inherited is not None:
+            self._lock = inherited
+            if self.is_ours:
+                self._sign(binds)
+                return
+            self._lock = None
+            os.close(inherited)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -110,10 +143,33 @@ class Instance:
                 f"instance {self.name!r} runs already ({who}; {self.directory}): "
                 "use 'segue reload' to renew it, 'segue stop' to end it, or another --name"
             ) from None
-        os.ftruncate(fd, 0)
-        with contextlib.suppress(OSError):  # on a full disk it is a lock without a name
-            os.pwrite(fd, msgspec.json.encode(Owner(os.getpid(), binds)), 0)
         self._lock = fd
+        self._sign(binds)
+
+    def _sign(self, binds: list[str]) -> None:
+        assert self._lock is not None
+        os.ftruncate(self._lock, 0)
+        with contextlib.suppress(OSError):  # on a full disk it is a lock without a name
+            os.pwrite(self._lock, msgspec.json.encode(Owner(os.getpid(), binds)), 0)
+
+    @property
+    def lock_fd(self) -> int | None:
+        """The descriptor that holds the lock."""
+        return self._lock
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the lock that we hold is still the one by this name: who removes it lets another master in."""
+        if self._lock is None:
+            return False
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._lock), os.stat(os.path.join(self.directory, LOCK)))
+        return False
+
+    @property
+    def usurped(self) -> bool:
+        """Whether there is another lock by this name now: somebody has removed ours, and another master may have begun."""
+        return os.path.exists(os.path.join(self.directory, LOCK)) and not self.is_ours
 
     def locked_by(self) -> Owner | None:
         """Who is master now; None if nobody is. Raises `PermissionError` if it isn't ours to know."""
@@ -133,7 +189,7 @@ class Instance:
 
     def release(self) -> None:
         """Remove what a clean stop leaves behind. The lock file stays: removing it would split the lock."""
-        for path in (self.control, self.notify):
+        for path in (self.control, self.notify, self.journal):
             Path(path).unlink(missing_ok=True)
         if self._lock is not None:
             os.close(self._lock)

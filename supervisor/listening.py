@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, MutableMapping
+import os
+from collections.abc import Iterable, Mapping
 
-from segue.handoff.listeners import BindError, Listener, adopt_listener, open_listeners
+from segue.handoff.listeners import BindError, Listener, open_listeners
+from segue.supervisor.inherited import Inherited, listener_name
 from segue.supervisor.settings import Effective
-from segue.supervisor.systemd import inherited_fds
 
 
 class Listening:
     """Every listening socket that the master holds, by the bind that asked for it."""
 
-    def __init__(self, environ: MutableMapping[str, str]) -> None:
-        self._inherited = [adopt_listener(fd) for fd in inherited_fds(environ)]
-        self._open: dict[str, list[Listener]] = {}
+    def __init__(self, inherited: Inherited) -> None:
+        self._passed = list(inherited.passed)
+        self._inherited = [listener for _, listener in self._passed]
+        self._open: dict[str, list[Listener]] = dict(inherited.listeners)
         self._asked_for: tuple[str, ...] = ()
         """Binds of a generation that is being prepared: nobody else may close them meanwhile."""
+
+    def restore(self, found: Mapping[str, Listener]) -> dict[str, Listener]:
+        """Take over what workers have handed over, unless it is there already. Returns all that there is, by name."""
+        known = {listener.info.name: listener for listener in self._inherited}
+        known |= {each.info.name: each for listeners in self._open.values() for each in listeners}
+        passed = {_inode(listener): listener for listener in self._inherited}
+        for name, listener in found.items():
+            if name in known:
+                listener.sock.close()
+            elif (same := passed.get(_inode(listener))) is not None:
+                listener.sock.close()
+                known[name] = same
+            else:
+                self._open.setdefault(listener.bind, []).append(listener)
+                known[name] = listener
+        return known
+
+    @property
+    def own(self) -> list[tuple[str, int]]:
+        """Those that this master, or one before it, has bound, by the names under which the next will know them."""
+        return [
+            (listener_name(bind, number), listener.sock.fileno())
+            for bind, listeners in self._open.items()
+            for number, listener in enumerate(listeners)
+            if listener not in self._inherited
+        ]
+
+    @property
+    def names(self) -> list[tuple[str, int]]:
+        """Every socket."""
+        return self.own + [(name, listener.sock.fileno()) for name, listener in self._passed]
 
     async def open(self, effective: Effective) -> tuple[Listener, ...]:
         """What these settings ask for; sockets that are open stay as they are. Raises `BindError`."""
@@ -71,3 +104,7 @@ class Listening:
         self.close_all_but(())
         for listener in self._inherited:
             listener.close()
+
+
+def _inode(listener: Listener) -> int:
+    return os.fstat(listener.sock.fileno()).st_ino

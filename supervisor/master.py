@@ -18,11 +18,14 @@ from typing import Any
 import msgspec
 
 from segue.handoff.listeners import BindError, Listener
-from segue.supervisor import lifecycle, model, snapshot
+from segue.supervisor import adoption, inherited, lifecycle, memory, model, snapshot, upgrade
 from segue.supervisor import settings as config
-from segue.supervisor.instance import Instance
+from segue.supervisor.exits import Status
+from segue.supervisor.journal import Journal
 from segue.supervisor.listening import Listening
 from segue.supervisor.log import Log
+from segue.supervisor.mastership import Mastership
+from segue.supervisor.mastership import snapshots as recalled
 from segue.supervisor.operations import Operation, Operations
 from segue.supervisor.snapshot import Snapshot
 from segue.supervisor.systemd import ServiceManager
@@ -32,44 +35,92 @@ LATE_S = 1.0
 """A timer that fires later than this says that the master itself did not run."""
 START = "start"
 """Who asked for the first generation."""
+EXECUTE = "execute"
+"""The last phase of an upgrade: the old master ends in it, the new one begins."""
 FLUSH_S = 1.0
 """How long an exiting master waits for its last answers to be sent."""
+_UPGRADE_FLUSH_S = 0.05
+"""So long an upgrade waits for them; whoever follows an operation comes back."""
+_TURNS_OF_A_SIGNAL = 4
+"""Of the loop, from a signal to the call of its handler."""
 _EXTEND_S = 30.0
-_ENDING = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU}
+_SIGNALS = {
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGUSR2,
+}
 _THREADS = 2
 """For reading files and looking up names: one may hang on a dead file system."""
+
+
+def _leave_signals() -> None:
+    """In a thread: signals are for the thread with the loop, which blocks them before an upgrade."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 class Master:
     """One instance: its sockets, its workers and the state of their lifecycle. Made inside a running event loop."""
 
     def __init__(
-        self, instance: Instance, flags: Mapping[str, Any], environ: MutableMapping[str, str], base_dir: str
+        self,
+        mastership: Mastership,
+        flags: Mapping[str, Any],
+        environ: MutableMapping[str, str],
+        base_dir: str,
+        settings: config.Effective,
+        log: Log,
     ) -> None:
-        self.instance = instance
-        self.state = model.State()
+        self.instance = mastership.instance
+        self.epoch = mastership.epoch
         self.operations = Operations()
-        self.snapshots: dict[int, Snapshot] = {}
         self.started = time.time()
         self.token: str | None = None
-        self.log = Log()
+        self.log = log
         self.exit_status: int | None = None
         self.changed = asyncio.Event()
         self._flags, self._environ, self._base_dir = dict(flags), environ, base_dir
         self._service = ServiceManager(environ)
-        self._listening = Listening(environ)
+        self._listening = Listening(mastership.inherited)
         self._events: deque[model.Event] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._said_ready = False
-        self.workers = Workers(instance, environ, self.log, self.put, self._start_task)
+        self._upgrading: Operation | None = None
+        self._deposed = False
+        self.sockets: dict[str, int] = {}
+        """What others have opened for this master, and an upgrade passes on, by name."""
+        self.disk: list[str] = []
+        """In what the settings and the code on disk differ from those of a generation that was adopted."""
+        self._stored: set[str] = set()
+        self._journal = Journal(self.instance.journal)
+        self._journal_error = ""
+        self._writer = memory.Writer(memory.Instance(mastership.identity, mastership.epoch))
+        self.workers = Workers(mastership, environ, self.log, self.put, self._start_task, self._depose)
+        listeners = self._listening.restore(mastership.found.listeners)
+        self.snapshots = recalled(mastership, listeners, settings, self.log)
+        adopted = adoption.adopt(
+            mastership.known,
+            mastership.found,
+            {number: taken.limits for number, taken in self.snapshots.items()},
+            time.monotonic(),
+        )
+        self.state, self._adopted = adopted.state, adopted
+        self.operations.restore(mastership.known.operations, mastership.known.numbers.operation)
+        for worker in mastership.found.workers:
+            self.workers.adopt(worker, self.snapshots.get(worker.key[0]))
+        self._known = mastership.known
+        self._settings_now = settings.settings
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     async def run(self) -> int:
         """Serve until asked to stop; returns the exit status."""
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "segue"))
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "segue", initializer=_leave_signals))
         for number, handler in {
             signal.SIGHUP: self._on_hup,
             signal.SIGTERM: lambda: self._on_stop("SIGTERM"),
@@ -77,20 +128,69 @@ class Master:
             signal.SIGQUIT: lambda: self._on_stop("SIGQUIT", at_once=True),
             signal.SIGTTIN: lambda: self.put(model.ScaleAsked(None, delta=1)),
             signal.SIGTTOU: lambda: self.put(model.ScaleAsked(None, delta=-1)),
+            signal.SIGUSR2: self._on_usr2,
         }.items():
             loop.add_signal_handler(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by an upgrade
         self._start_task(self._service.watchdog())
-        self.ask_reload(START)
+        self._begin()
         while self.exit_status is None:
             while self._events and self.exit_status is None:
                 self._step(self._events.popleft())
             self.changed.clear()
             self._arm()
-            if not self._events and self.exit_status is None:
+            if self._upgrading is not None and not self._events and self.exit_status is None:
+                await self._upgrade(self._upgrading)
+            elif not self._events and self.exit_status is None:
                 await self.changed.wait()
-        await self._flush()
-        self._close()
+        if not self._deposed:  # else all of it is somebody else's by now
+            await self._flush(FLUSH_S)
+            self._close()
         return self.exit_status
+
+    def _begin(self) -> None:
+        """Carry on with what was found, or start the first generation."""
+        adopted = self._adopted
+        for operation in self.operations.running():
+            if operation.kind == "upgrade":
+                ok, generation = operation.phase == EXECUTE, self.state.current
+            else:
+                ok, generation = adopted.promote == "finished", adopted.generation
+            reason = "" if ok else adoption.INTERRUPTED
+            self._settle(model.Settle(operation.number, ok, reason, generation=generation))
+        self._record()
+        for effect in adopted.effects:
+            self._execute(effect)
+        current = self.state.current
+        if self.workers.children:
+            fields = {"workers": len(self.workers.children), "generation": current, "epoch": self.epoch}
+            self.log("warning", "adopted", **fields, promote=adopted.promote or None)
+        if current is None:
+            self.ask_reload(START)
+            return
+        self.token = self.snapshots[current].token
+        self.log.set_level(self.snapshots[current].settings.uvicorn.get("log_level"))
+        self._said_ready = True
+        self._close_unused()
+        self._store()
+        self._service.ready(f"generation {current} serves; its workers were adopted")
+        self._start_task(self._compare_with_disk(current))
+        self.put(model.TimePassed())
+
+    async def _compare_with_disk(self, generation: int) -> None:
+        """An adopted generation goes on as it is; only it is told that something else lies on the disk."""
+        taken = self.snapshots[generation]
+        keys = config.differing(taken.settings, self._settings_now)
+        if keys:
+            self.disk.append(f"the settings differ from those of generation {generation}: {', '.join(keys)}")
+        try:
+            same = await asyncio.to_thread(taken.fingerprint_now) == taken.fingerprint
+        except (OSError, RuntimeError, MemoryError):
+            same = False
+        if not same:
+            self.disk.append(f"the code in {taken.app_dir} is no longer that of generation {generation}")
+        for difference in self.disk:
+            self.log("warning", "disk-differs", generation=generation, reason=difference)
 
     def put(self, event: model.Event) -> None:
         """Queue an event: the only way to make anything happen."""
@@ -98,11 +198,49 @@ class Master:
         self.changed.set()
 
     def _step(self, event: model.Event) -> None:
+        if self.instance.usurped:
+            self._depose("the lock of this instance is somebody else's")
+            return
         self.state, effects = lifecycle.step(self.state, event, time.monotonic())
+        self._record()  # before anybody is told: what an effect begins must be known if it is cut short
         if isinstance(event, model.HandingOver) and not event.error:
             self._handed_over(event.generation)
         for effect in effects:
             self._execute(effect)
+        if effects:
+            self._record()
+
+    def _record(self) -> None:
+        """Write down what the next master has to know."""
+        values = self._writer.values(
+            self.state,
+            self.snapshots,
+            self.workers.processes,
+            self.operations.remembered(),
+            self.operations.next_number,
+        )
+        error = self._journal.write(values)
+        if error and error != self._journal_error:
+            self.log("error", "journal-not-written", reason=error)
+        self._journal_error = error
+
+    def _depose(self, why: str) -> None:
+        """Another master has taken over: this one ends, and touches nothing more."""
+        if not self._deposed:
+            self._deposed = True
+            self.log("error", "deposed", reason=why)
+            self.exit_status = Status.INSTANCE
+            self.changed.set()
+
+    def _store(self) -> None:
+        """Let the service manager keep what must outlive this process."""
+        held = dict(self._listening.own) | self.workers.relay.names
+        for name in self._stored - held.keys():
+            self._service.forget(name)
+        self._stored &= held.keys()
+        self._stored |= {
+            name for name, fd in held.items() if name not in self._stored and self._service.store(name, fd)
+        }
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -126,16 +264,17 @@ class Master:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _flush(self) -> None:
-        """Let the last answers out: whoever asked for the stop is told of its end."""
+    async def _flush(self, timeout_s: float) -> None:
+        """Let the last answers out: whoever asked for the end is told of it."""
         await asyncio.sleep(0)
         answering = [task for task in asyncio.all_tasks() if task.get_name() == "control-answer"]
         if answering:
-            await asyncio.wait(answering, timeout=FLUSH_S)
+            await asyncio.wait(answering, timeout=timeout_s)
 
     def _close(self) -> None:
         # the outcome is settled: a signal that comes while the interpreter ends must not give another exit status
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._journal.close()
         self._listening.close()
         self.workers.close()
         self.instance.release()
@@ -189,6 +328,67 @@ class Master:
         budget = settings.timeout_graceful_shutdown if settings else 10.0
         self._service.extend(delay + budget + _EXTEND_S)
         return model.StopAsked(operation, at_once, delay, budget)
+
+    def ask_upgrade(self, asked_by: str) -> Operation:
+        """Ask for new code and settings of this master itself."""
+        operation = self.operations.create("upgrade", asked_by)
+        self._start_task(self._try_upgrade(operation))
+        return operation
+
+    def _on_usr2(self) -> None:
+        self.log("info", "signal", signal="SIGUSR2")
+        self.ask_upgrade("SIGUSR2")
+
+    async def _try_upgrade(self, operation: Operation) -> None:
+        operation.progress("try")
+        reason = self._busy()
+        if not reason:
+            reason = await upgrade.try_out(self._environ, self._base_dir)
+            reason = reason or self._busy()  # by now
+        if self._upgrading is not None:
+            reason = "another upgrade is under way"
+        if reason:
+            self._settle(model.Settle(operation.number, ok=False, reason=reason))
+            return
+        operation.progress(EXECUTE)
+        self._upgrading = operation
+        self.changed.set()
+
+    def _busy(self) -> str:
+        """Why this is not the moment for an upgrade."""
+        state = self.state
+        if state.stopping is not None:
+            return "segue is stopping"
+        if state.change is not None or state.queued or state.current is None:
+            return "a reload is running; try again when it has ended"
+        if state.swap is not None or state.swaps_queued:
+            return "a service is being swapped; try again when that has ended"
+        if state.scaling is not None or state.scale_queued is not None or state.drain_change is not None:
+            return "the number of workers or the drain is being changed; try again when that has ended"
+        return ""
+
+    async def _upgrade(self, operation: Operation) -> None:
+        """Become the new code, unless something has come between."""
+        await self._flush(_UPGRADE_FLUSH_S)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        for _ in range(_TURNS_OF_A_SIGNAL):  # what came before has its handler run
+            await asyncio.sleep(0)
+        reason = self._busy()
+        if not self._events and not reason:
+            self._record()
+            self.log("info", "upgrade", epoch=self.epoch)
+            fds = [*self._listening.names, *self.workers.names, *self.sockets.items()]
+            if self.instance.lock_fd is not None:
+                fds.append((inherited.LOCK, self.instance.lock_fd))
+            environ = {**self._environ, **self._service.environ}
+            try:
+                upgrade.execute(environ, self._base_dir, fds)
+            except OSError as error:
+                reason = f"it can't be executed: {error.strerror or error}"
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        if reason:
+            self._upgrading = None
+            self._settle(model.Settle(operation.number, ok=False, reason=reason))
 
     # -------------------------------------------------------------------------------------------------- effects
 
@@ -264,7 +464,9 @@ class Master:
     def _workers_for(self, taken: Snapshot) -> int:
         """As the settings say; but a scale by hand lasts until the setting itself is changed."""
         current = self.state.current
-        if current is not None and self.snapshots[current].settings.workers == taken.settings.workers:
+        if current is None:  # as in the life of the last master, though none of its workers lives
+            return memory.scaled(self._known, taken.settings.workers) or taken.settings.workers
+        if self.snapshots[current].settings.workers == taken.settings.workers:
             return self.state.generations[current].target
         return taken.settings.workers
 
@@ -319,6 +521,10 @@ class Master:
         taken = self.snapshots[generation]
         self.token = taken.token
         self.log.set_level(taken.settings.uvicorn.get("log_level"))
+        self.disk.clear()
+        if previous is None:
+            self._close_unused()  # what was kept for a start that asks for something else
+        self._store()
         for listener in taken.listeners if previous is None else ():
             self.log("info", "listening", address=listener.info.address)
         self.log("info", "promoted", generation=generation, previous=previous, fingerprint=taken.fingerprint)

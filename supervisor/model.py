@@ -571,7 +571,8 @@ class Command(msgspec.Struct, frozen=True):
     """Call a worker; its answer, or the lack of one within `timeout`, comes back as exactly one event.
 
     The calls to one worker are made one after the other, in the order of these effects; `timeout` counts from when
-    it is a call's turn. Only `swap prepare` (of `SwapCommand`) is made beside them.
+    it is a call's turn. Those about services are made in a row of their own, and each `swap prepare` (of
+    `SwapCommand`) beside all others.
     """
 
     generation: int

@@ -6,6 +6,7 @@ An operation outlives whoever asked: a caller that leaves cancels nothing, and c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from typing import Any
@@ -14,6 +15,9 @@ from segue.supervisor.model import Settle
 
 _KEPT = 100
 """How many ended operations can still be asked for."""
+_REMEMBERED = frozenset({"reload", "upgrade"})
+_REMEMBERED_COUNT = 20
+_MAX_OUTPUT_CHARS = 2000
 
 
 class Operation:
@@ -104,6 +108,18 @@ class Operation:
             return True
         return self.ok is False or (self.ok is True and (self.drained or not drained))
 
+    @classmethod
+    def restore(cls, document: dict[str, Any]) -> Operation:
+        """One that an earlier master has told of in this form. Raises `KeyError`."""
+        operation = cls(document["id"], document["kind"], document["asked_by"], document.get("service", ""))
+        operation.started, operation.ended = document["started"], document["ended"]
+        operation.phase, operation.phases = document["phase"], document["phases"]
+        operation.ok = None if document["outcome"] is None else document["outcome"] == "ok"
+        operation.reason, operation.output = document["reason"], document["output"]
+        operation.generation, operation.drained = document["generation"], document["drained"]
+        operation.notes = document["notes"]
+        return operation
+
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return {
@@ -133,6 +149,32 @@ class Operations:
         self._by_number: dict[int, Operation] = {}
         self._order: deque[int] = deque()
         self._next = 1
+
+    @property
+    def next_number(self) -> int:
+        """What the next one will be called."""
+        return self._next
+
+    def remembered(self) -> dict[int, dict[str, Any]]:
+        """Documents of those that the next master should know of, cut to a size that is fit to be written down."""
+        kept = [o for number in self._order if (o := self._by_number[number]).kind in _REMEMBERED]
+        return {
+            o.number: o.document() | {"output": o.output[-_MAX_OUTPUT_CHARS:]}
+            for o in kept[-_REMEMBERED_COUNT:]
+        }
+
+    def restore(self, documents: dict[int, dict[str, Any]], next_number: int) -> None:
+        """Know those of an earlier master again; what can't be read is left out."""
+        for number in sorted(documents):
+            with contextlib.suppress(KeyError):
+                operation = Operation.restore(documents[number])
+                self._by_number[operation.number] = operation
+                self._order.append(operation.number)
+        self._next = max([next_number, *(number + 1 for number in self._order)])
+
+    def running(self) -> list[Operation]:
+        """Those that have no outcome yet."""
+        return [o for number in self._order if (o := self._by_number[number]).ok is None]
 
     def create(self, kind: str, asked_by: str, service: str = "") -> Operation:
         """A new one."""

@@ -156,7 +156,7 @@ def ended(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Worke
     """Death of one that was leaving."""
     assert isinstance(event, m.WorkerExited)
     expected = worker.state in {WorkerState.STOPPING, WorkerState.KILLED}
-    if event.status != 0 and worker.cause == STOPPING_CAUSE and turn.state.stopping is not None:
+    if event.status not in {0, None} and worker.cause == STOPPING_CAUSE and turn.state.stopping is not None:
         turn.state.stopping.status = turn.state.stopping.status or 1  # something was cut off
     del generation.workers[worker.id]
     level = "info" if expected else "error"

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from segue.handoff.descriptors import raise_limit
 from segue.handoff.listeners import BindError, open_listeners
+from segue.supervisor import journal, memory
 from segue.supervisor import settings as config
 from segue.supervisor.control import Control
 from segue.supervisor.exits import Status
+from segue.supervisor.inherited import CONTROL, Inherited
 from segue.supervisor.instance import Instance, InstanceError, default_runtime_dir
+from segue.supervisor.log import Log
 from segue.supervisor.master import Master
+from segue.supervisor.mastership import Mastership, take
+from segue.supervisor.setting_table import BY_KEY
+from segue.supervisor.systemd import inherited_fds
+from segue.supervisor.upgrade import TRIAL
 
 
 class StartError(Exception):
@@ -27,28 +33,52 @@ class StartError(Exception):
 
 def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     """Run an instance until it is stopped; returns the exit status. Raises `StartError`."""
+    trial = environ.pop(TRIAL, None) is not None
+    try:
+        inherited = Inherited(inherited_fds(environ))
+    except OSError as error:
+        raise StartError(f"the sockets that were passed can't be used: {error}", Status.USAGE) from error
     try:
         base_dir = config.logical_cwd(environ)
-        effective = config.load(flags, environ, base_dir)
     except config.SettingsError as error:
         raise StartError(str(error), Status.USAGE) from error
+    log, refusal = Log(), ""
+    try:
+        effective = config.load(flags, environ, base_dir)
+    except config.SettingsError as error:
+        known = None if trial else _known_settings(flags, environ)
+        if known is None:
+            raise StartError(str(error), Status.USAGE) from error
+        effective, refusal = known, f"the settings on disk are refused: {error}"
+        log("error", "settings-refused", reason=str(error), action="go on with those of the living workers")
     settings = effective.settings
     parent = os.path.abspath(settings.runtime_dir or default_runtime_dir(environ))
     instance = Instance(os.path.join(parent, settings.name))
+    if trial:
+        return Status.OK
     try:
-        instance.create()
-        instance.lock(list(settings.binds))
-        refuse_orphans(instance)
+        loop = asyncio.new_event_loop()
+        mastership = take(instance, settings.binds, inherited, log)
     except InstanceError as error:
         raise StartError(str(error), Status.INSTANCE) from error
+    except OSError as error:
+        raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
     raise_limit()  # connections in flight in the relay count against it, too
     os.chdir("/")  # paths were made absolute; no directory is kept from being unmounted or replaced
-    return _run_to_end(_run(instance, flags, environ, base_dir, settings))
+    return _run_to_end(loop, _run(mastership, flags, environ, base_dir, effective, refusal, log))
 
 
-def _run_to_end(main: Coroutine[Any, Any, int]) -> int:
+def _known_settings(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> config.Effective | None:
+    """Those of workers that have lost their master and serve: a mistake on the disk must not keep them from another."""
+    parent = flags.get("runtime_dir") or environ.get("SEGUE_RUNTIME_DIR") or default_runtime_dir(environ)
+    name = flags.get("name") or environ.get("SEGUE_NAME") or BY_KEY["name"].default
+    return memory.living_settings(
+        memory.recall(journal.read(Instance(os.path.join(os.path.abspath(parent), str(name))).journal))
+    )
+
+
+def _run_to_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, int]) -> int:
     """`asyncio.run` without its wait for threads: it starts one to wait in, which a full system may refuse."""
-    loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(main)
     finally:
@@ -61,16 +91,22 @@ def _run_to_end(main: Coroutine[Any, Any, int]) -> int:
 
 
 async def _run(
-    instance: Instance,
+    mastership: Mastership,
     flags: Mapping[str, Any],
     environ: MutableMapping[str, str],
     base_dir: str,
-    settings: config.Settings,
+    effective: config.Effective,
+    refusal: str,
+    log: Log,
 ) -> int:
+    settings, inherited = effective.settings, mastership.inherited
     try:
-        master = Master(instance, flags, environ, base_dir)
+        master = Master(mastership, flags, environ, base_dir, effective, log)
         control = Control(master)
-        await control.listen()
+        master.sockets[CONTROL] = await control.listen(inherited.take(CONTROL))
+        inherited.close()
+        if refusal:
+            master.disk.append(refusal)
     except OSError as error:
         raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
     if settings.admin is not None:
@@ -84,23 +120,3 @@ async def _run(
         return await master.run()
     finally:
         control.close()
-
-
-def refuse_orphans(instance: Instance) -> None:
-    """Raise `InstanceError` if workers of a master that died still serve; remove what killed ones left behind."""
-    alive = []
-    for path in instance.worker_sockets():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1.0)
-            try:
-                probe.connect(path)
-                alive.append(path)
-            except (ConnectionRefusedError, FileNotFoundError):
-                os.unlink(path)
-            except OSError:
-                alive.append(path)  # it is there, only slow to answer
-    if alive:
-        raise InstanceError(
-            f"{len(alive)} workers of instance {instance.name!r} still serve, but their master has died "
-            f"({instance.directory}): 'segue stop --name {instance.name}' ends them, 'segue status' shows them"
-        )

@@ -197,6 +197,23 @@ def restart_only(old: Settings, new: Settings) -> list[str]:
     ]
 
 
+def differing(old: Settings, new: Settings) -> list[str]:
+    """The keys whose values differ."""
+    values = [
+        {
+            setting.key: msgspec.json.encode(
+                settings.uvicorn.get(setting.uvicorn or "")
+                if setting.in_config
+                else getattr(settings, setting.name, None)
+            )
+            for setting in TABLE
+        }
+        | {"bind": msgspec.json.encode(settings.binds)}
+        for settings in (old, new)
+    ]
+    return sorted(key for key in values[0] if values[0][key] != values[1][key])
+
+
 def show(effective: Effective, as_json: bool) -> str:
     """Key, value and where it comes from, as a table or as JSON (``{key: {"value": …, "source": …}}``).
 

@@ -17,7 +17,9 @@ from collections.abc import Mapping
 
 import msgspec
 
+from segue.handoff.adoption import start_time
 from segue.handoff.messages import FdName, WorkerSpec
+from segue.handoff.occupant import INSTANCE
 
 OUTPUT_TAIL_BYTES = 8 * 1024
 OUTPUT_TAIL_LINES = 30
@@ -50,22 +52,49 @@ class Relay(msgspec.Struct, frozen=True):
         write.setblocking(False)
         return cls(read, write)
 
+    @property
+    def names(self) -> dict[str, int]:
+        """Its descriptors, by the names under which they are passed on."""
+        return {FdName.RELAY_READ: self.read.fileno(), FdName.RELAY_WRITE: self.write.fileno()}
+
     def close(self) -> None:
         """Give both ends back."""
         self.read.close()
         self.write.close()
 
 
+class Lifeline(msgspec.Struct, frozen=True):
+    """A pipe that nobody writes to: workers hold its read end, and see its end when their master ends."""
+
+    read: int
+    write: int
+
+    @classmethod
+    def create(cls) -> Lifeline:
+        """A new one."""
+        return cls(*os.pipe2(os.O_CLOEXEC))
+
+    def close(self) -> None:
+        """Give both ends back."""
+        os.close(self.read)
+        os.close(self.write)
+
+
 class Process(msgspec.Struct):
-    """A started worker: its pid, a pidfd that becomes readable when it ends, and what it has printed so far."""
+    """A worker: its pid, a pidfd that becomes readable when it ends, and what it printed before it was ready."""
 
     pid: int
     pidfd: int
-    output: int
+    output: int | None
+    """None for an adopted one that was ready already."""
     control_path: str
+    start_time: int = 0
+    """As `segue.handoff.adoption.start_time` tells it."""
 
     def tail(self) -> str:
         """The last lines of what it printed before it was ready."""
+        if self.output is None:
+            return ""
         size = os.fstat(self.output).st_size
         data = os.pread(self.output, OUTPUT_TAIL_BYTES, max(0, size - OUTPUT_TAIL_BYTES))
         return "\n".join(data.decode(errors="replace").splitlines()[-OUTPUT_TAIL_LINES:])
@@ -96,7 +125,22 @@ class Process(msgspec.Struct):
     def close(self) -> None:
         """Give its descriptors back."""
         os.close(self.pidfd)
-        os.close(self.output)
+        if self.output is not None:
+            os.close(self.output)
+
+
+_BOOT_OUTPUT = "segue-output"
+
+
+def boot_output(pid: int) -> int | None:
+    """What a worker that was started by an earlier master prints until it is ready; None if it is ready."""
+    path = f"/proc/{pid}/fd/1"
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_BOOT_OUTPUT}"):
+            return None
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def resolve_interpreter(python: str) -> str:
@@ -109,7 +153,7 @@ def spawn(
     spec: WorkerSpec,
     listeners: Mapping[str, socket.socket],
     relay: Relay,
-    lifeline: int,
+    lifeline: Lifeline,
     environ: Mapping[str, str],
 ) -> Process:
     """Start a worker for `spec`. Raises `SpawnError`."""
@@ -118,7 +162,7 @@ def spawn(
         spec_fd = os.memfd_create("segue-spec", os.MFD_CLOEXEC)
         opened.append(spec_fd)
         os.write(spec_fd, msgspec.json.encode(spec))
-        output = os.memfd_create("segue-output", os.MFD_CLOEXEC)
+        output = os.memfd_create(_BOOT_OUTPUT, os.MFD_CLOEXEC)
         opened.append(output)
         fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
         control = _control_socket(spec.control_path)
@@ -128,13 +172,14 @@ def spawn(
             FdName.CONTROL: control,
             FdName.RELAY_READ: relay.read.fileno(),
             FdName.RELAY_WRITE: relay.write.fileno(),
-            FdName.LIFELINE: lifeline,
+            FdName.LIFELINE: lifeline.read,
         }
         # 1 and 2 are the memory file in the child: the real ones travel under other numbers
         for name, fd in ((FdName.STDOUT, 1), (FdName.STDERR, 2)):
             named[name] = os.dup(fd)
             opened.append(named[name])
         environment = {key: value for key, value in environ.items() if key not in _STRIPPED}
+        environment[INSTANCE] = spec.instance
         environment["LISTEN_FDS"] = str(len(named))
         environment["LISTEN_FDNAMES"] = ":".join(named)
         environment["SEGUE_FDS"] = ",".join(map(str, named.values()))
@@ -158,7 +203,7 @@ def spawn(
     for fd in opened:
         if fd != output:
             os.close(fd)
-    return Process(process.pid, pidfd, output, spec.control_path)
+    return Process(process.pid, pidfd, output, spec.control_path, start_time(process.pid) or 0)
 
 
 def _control_socket(path: str) -> int:

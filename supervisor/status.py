@@ -53,6 +53,8 @@ async def status(master: Master) -> dict[str, Any]:
         "generations": [_generation(master, number, told) for number in sorted(state.generations)],
         "master": {
             "pid": os.getpid(),
+            "epoch": master.epoch,
+            "differs_on_disk": master.disk,
             "started": master.started,
             "version": __version__,
             "rss_bytes": process.memory_info().rss,

@@ -21,6 +21,7 @@ def status_table(document: dict[str, Any]) -> str:
         f"instance {document['instance']}: {head}",
         f"master   pid {master['pid']}, segue {master['version']}, up {_age(master['started'])}, {_mib(master['rss_bytes'])}",
         "listens  " + (", ".join(listener["address"] for listener in document["listeners"]) or "nowhere yet"),
+        *(f"note     {difference}" for difference in master["differs_on_disk"]),
         "",
     ]
     rows = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 import msgspec
 
 from segue.handoff.http import CallError, Response, call
-from segue.handoff.messages import HOT, NotifyKey, SwapOrder, WorkerMode
+from segue.handoff.messages import EPOCH_HEADER, EPOCH_MEMBER, HOT, NotifyKey, SwapOrder, WorkerMode
 from segue.handoff.notify import Notification, NotifySocket
 from segue.supervisor import model, spawning
-from segue.supervisor.instance import Instance
+from segue.supervisor.finding import FoundWorker
+from segue.supervisor.inherited import LIFELINE_READ, LIFELINE_WRITE, NOTIFY
 from segue.supervisor.log import Log
+from segue.supervisor.mastership import Mastership
 from segue.supervisor.model import Verb
 from segue.supervisor.snapshot import Snapshot
 
@@ -48,7 +49,7 @@ _DEATH_FOLLOWS_S = 0.5
 class Child:
     """A worker process, and the calls to it, which are made one after the other."""
 
-    def __init__(self, process: spawning.Process, taken: Snapshot, gated: bool) -> None:
+    def __init__(self, process: spawning.Process, taken: Snapshot | None, gated: bool) -> None:
         self.process = process
         self.taken = taken
         self.gated = gated
@@ -57,6 +58,7 @@ class Child:
         self.is_ready = False
         self.ended = asyncio.Event()
         self.last_call: asyncio.Task[None] | None = None
+        self.last_about_services: asyncio.Task[None] | None = None
 
 
 class Workers:
@@ -64,23 +66,27 @@ class Workers:
 
     def __init__(
         self,
-        instance: Instance,
+        mastership: Mastership,
         environ: Mapping[str, str],
         log: Log,
         put: Callable[[model.Event], None],
         start_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        deposed: Callable[[str], None],
     ) -> None:
+        """`deposed` is called with the reason when a worker obeys another master."""
         self.children: dict[Key, Child] = {}
         self._starting: dict[Key, asyncio.Task[None]] = {}
         """Respawns whose code is being compared; they have no process yet."""
-        self._instance = instance
+        self._mastership = mastership
+        self._instance = mastership.instance
         self._environ = environ
         self._log = log
         self._put = put
         self._start_task = start_task
-        self._relay = spawning.Relay.create()
-        self._lifeline_read, self._lifeline_write = os.pipe2(os.O_CLOEXEC)
-        self._notify = NotifySocket(instance.notify)
+        self._deposed = deposed
+        self._headers = {EPOCH_HEADER: str(mastership.epoch)}
+        self.relay, self._lifeline = mastership.relay, mastership.lifeline
+        self._notify = NotifySocket(self._instance.notify, mastership.notify)
         self._pids: dict[int, Key] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._notify.fileno(), self.read_notifications)
@@ -89,9 +95,18 @@ class Workers:
         """Give everything back; workers that are left see their lifeline end."""
         self._loop.remove_reader(self._notify.fileno())
         self._notify.close()
-        self._relay.close()
-        os.close(self._lifeline_read)
-        os.close(self._lifeline_write)
+        self.relay.close()
+        self._lifeline.close()
+
+    @property
+    def names(self) -> list[tuple[str, int]]:
+        """What all workers share, by the names under which the next master of this process will know it."""
+        return [
+            *self.relay.names.items(),
+            (LIFELINE_READ, self._lifeline.read),
+            (LIFELINE_WRITE, self._lifeline.write),
+            (NOTIFY, self._notify.fileno()),
+        ]
 
     # Starting
 
@@ -121,19 +136,37 @@ class Workers:
 
     def _spawn(self, effect: model.Spawn, taken: Snapshot) -> None:
         key = (effect.generation, effect.worker)
-        spec = taken.spec(self._instance, *key, effect.drain_mode, effect.services)
+        spec = msgspec.structs.replace(
+            taken.spec(self._instance, *key, effect.drain_mode, effect.services),
+            adoption_path=self._instance.adoption_socket(*key),
+            identity=self._mastership.identity,
+            epoch=self._mastership.epoch,
+            fingerprint=taken.fingerprint,
+        )
         listeners = {listener.info.name: listener.sock for listener in taken.listeners}
         try:
-            process = spawning.spawn(
-                taken.python, spec, listeners, self._relay, self._lifeline_read, self._environ
-            )
+            process = spawning.spawn(taken.python, spec, listeners, self.relay, self._lifeline, self._environ)
         except spawning.SpawnError as error:
             self._put(model.WorkerExited(*key, reason=str(error)))
             return
-        self.children[key] = Child(process, taken, effect.gated)
-        self._pids[process.pid] = key
+        self._watch(key, Child(process, taken, effect.gated))
         self._log("info", "worker-spawned", generation=key[0], worker=key[1], pid=process.pid)
-        self._loop.add_reader(process.pidfd, self._on_exit, key)
+
+    def adopt(self, found: FoundWorker, taken: Snapshot | None) -> None:
+        """Take over a worker that an earlier master has started; `taken` is its generation's snapshot, if it is known."""
+        child = Child(found.process, taken, gated=found.booting and taken is not None)
+        child.is_ready = not found.booting
+        self._watch(found.key, child)
+
+    def _watch(self, key: Key, child: Child) -> None:
+        self.children[key] = child
+        self._pids[child.process.pid] = key
+        self._loop.add_reader(child.process.pidfd, self._on_exit, key)
+
+    @property
+    def processes(self) -> dict[Key, tuple[int, int]]:
+        """Pid and start time of those that live."""
+        return {key: (child.process.pid, child.process.start_time) for key, child in self.children.items()}
 
     async def _ready_if_same(self, key: Key, taken: Snapshot, ready: model.WorkerReady) -> None:
         """The code may have changed while the respawn was importing it."""
@@ -163,8 +196,7 @@ class Workers:
         self._pids.pop(process.pid, None)
         output = "" if child.is_ready else process.tail()
         process.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(process.control_path)
+        self._instance.forget_worker(*key)
         self._put(model.WorkerExited(*key, spawning.describe_exit(status, child.failure), output, status))
 
     # Calling
@@ -174,7 +206,12 @@ class Workers:
         child = self.children.get((effect.generation, effect.worker))
         if child is not None:
             target = _target(effect, listeners, siblings)
-            child.last_call = self._start_task(self._call(effect, child, target, child.last_call))
+            if effect.verb in {Verb.SERVICES_ACTIVATE, Verb.SERVICES_DEACTIVATE}:
+                # in a row of their own: in a promote connections move first, and don't wait for services
+                before = child.last_about_services
+                child.last_about_services = self._start_task(self._call(effect, child, target, before))
+            else:
+                child.last_call = self._start_task(self._call(effect, child, target, child.last_call))
 
     async def _call(
         self, effect: model.Command, child: Child, target: str, before: asyncio.Task[None] | None
@@ -191,13 +228,17 @@ class Workers:
     async def _answer(self, child: Child, target: str, timeout_s: float, body: bytes = b"") -> Response | str:
         """What a worker answers, or why it doesn't."""
         try:
-            return await call(child.process.control_path, "POST", target, timeout_s=timeout_s, body=body)
+            path, headers = child.process.control_path, self._headers
+            answer = await call(path, "POST", target, timeout_s=timeout_s, headers=headers, body=body)
         except CallError as failure:
             # a process that dies closes its sockets first: its death, which says more, goes before the broken call
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DEATH_FOLLOWS_S):
                     await child.ended.wait()
             return str(failure)
+        if answer.status == HTTPStatus.CONFLICT and EPOCH_MEMBER in answer.json():
+            self._deposed(_error(answer))
+        return answer
 
     def swap(self, effect: model.SwapCommand) -> None:
         """Call a worker about a swap. A prepare, which may take minutes, is made beside the other calls."""
@@ -254,7 +295,7 @@ class Workers:
             child.is_ready = True
             handover = fields.get(NotifyKey.HANDOVER)
             ready = model.WorkerReady(*key, None if handover is None else float(handover))
-            if child.gated:
+            if child.gated and child.taken is not None:
                 self._start_task(self._ready_if_same(key, child.taken, ready))
             else:
                 self._put(ready)

@@ -42,6 +42,8 @@ class Scheduler:
     async def deactivate(self):
         if (HERE / "deactivate-hangs").exists():
             await asyncio.sleep(3600)
+        while (HERE / "deactivate-waits").exists():
+            await asyncio.sleep(0.01)
         self.give_up()
 
     def give_up(self):
@@ -60,7 +62,7 @@ class Scheduler:
         return {"is_connected": self.lock is not None}
 
 
-services.declare("scheduler", Scheduler, per="generation", handover_timeout=1, deactivate_timeout=0.5)
+services.declare("scheduler", Scheduler, per="generation", handover_timeout=1, deactivate_timeout=float(os.environ.get("LET_GO_S", "0.5")))
 
 
 async def serve(scope, receive, send):
@@ -73,7 +75,8 @@ async def serve(scope, receive, send):
             await asyncio.sleep(0.02)
         await send({"type": "http.response.body", "body": b"end"})
         return
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+    headers = [(b"content-length", b"4"), (b"x-pid", str(os.getpid()).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"pong"})
 
 
@@ -82,9 +85,9 @@ app = services.wrap(serve)
 
 
 @contextlib.contextmanager
-def running(directory: Path, workers: int = 2) -> Iterator[Segue]:
+def running(directory: Path, workers: int = 2, **env: str) -> Iterator[Segue]:
     (directory / "jobs.py").write_text(APP)
-    with supervised("jobs:app", "--workers", str(workers), cwd=directory) as master:
+    with supervised("jobs:app", "--workers", str(workers), cwd=directory, env=env) as master:
         yield master
         master.stop(None)
     assert not (directory / "two-at-once").exists()
@@ -177,6 +180,19 @@ def test_a_promote_stands_when_it_can_not_be_activated_and_it_comes_up_later(tmp
         assert "ConnectionError" in worker["services"]["scheduler"]["errors"][0]["error"]
         (tmp_path / "broker-down").unlink()
         one_active(master, tmp_path)
+
+
+def test_in_a_promote_connections_move_first_and_services_hand_over_after(tmp_path: Path) -> None:
+    with running(tmp_path, LET_GO_S="60") as master, Client(master.port) as client:
+        old = one_active(master, tmp_path)
+        generation = set(master.worker_pids())
+        (tmp_path / "deactivate-waits").touch()
+        master.reload()
+        # the kept connection is served by the new generation, while the old one still has its service
+        master.wait_status(lambda _: int(client.get("/ping")[1]["x-pid"]) not in generation)
+        assert active(tmp_path) == [old]
+        (tmp_path / "deactivate-waits").unlink()
+        assert one_active(master, tmp_path) != old
 
 
 def test_while_the_old_one_does_not_let_go_the_new_one_is_not_active(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from segue.handoff.descriptors import InheritanceError, raise_limit, take_inherited
 from segue.handoff.messages import FdName, WorkerPhase, WorkerSpec
+from segue.worker.adoption import Adoption
 from segue.worker.output import BootOutput
 from segue.worker.priority import BootPriority
 from segue.worker.telling import Telling
@@ -51,11 +52,12 @@ def main() -> int:
 
     try:
         output = BootOutput(fds[FdName.STDOUT], fds[FdName.STDERR])
+        adoption = Adoption(spec)
         telling.phase(WorkerPhase.IMPORT)
         # before the application's directory is looked in: a file in it may be called like a package that we need
         importlib.import_module("segue.worker.worker")
         sys.path.insert(0, spec.app_dir)
-        return _run(spec, fds, telling, ready, output.on_terminal)
+        return _run(spec, fds, telling, adoption, ready, output.on_terminal)
     except StartFailed as failed:
         reason = str(failed)
     except Exception as error:  # noqa: BLE001 - whatever it is, the master gets the reason
@@ -90,6 +92,7 @@ def _run(
     spec: WorkerSpec,
     fds: Mapping[str, int],
     telling: Telling,
+    adoption: Adoption,
     ready: Callable[[], Awaitable[None]],
     on_terminal: bool,
 ) -> int:
@@ -113,7 +116,7 @@ def _run(
     loop_factory = _explained("the event loop can't be made", config.get_loop_factory)
 
     async def run() -> int:
-        return await Worker(spec, config, fds, telling, limit, ready, services).run()
+        return await Worker(spec, config, fds, telling, adoption, limit, ready, services).run()
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(run())

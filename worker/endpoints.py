@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from segue.handoff.http import Handler, Request, Response, Router, json_response, problem
-from segue.handoff.messages import HOT, WorkerMode, WorkerStatus
+from segue.handoff.messages import EPOCH_HEADER, HOT, WorkerMode, WorkerStatus
+from segue.worker.adoption import Adoption
 from segue.worker.services.endpoints import PHASES, phase, reload
 from segue.worker.services.hosted import Hosted
 
@@ -28,6 +29,7 @@ class Commands(Protocol):
     master_socket: str
     mode: WorkerMode
     services: Hosted
+    adoption: Adoption
 
     @property
     def operator_drain(self) -> str | None:
@@ -164,6 +166,9 @@ def handler(worker: Commands) -> Handler:
 
 def _command(worker: Commands, do: Callable[[Request], Awaitable[Response]]) -> Handler:
     async def command(request: Request) -> Response:
+        refusal = worker.adoption.obey(request.headers.get(EPOCH_HEADER.lower()))
+        if refusal is not None:
+            return problem(409, refusal, epoch=worker.adoption.epoch)
         worker.commanded()
         try:
             return await do(request)

@@ -95,7 +95,9 @@ async def pass_on(scope: Any, path: str, master_socket: str) -> Response:
             405, f"{method} {path} isn't passed on: GET takes status and operations/ID, the rest is POST"
         )
     query = scope["query_string"].decode("latin-1")
-    scope["query_string"] = b""  # settings of services may be secret, and the access log comes after the answer
+    scope["query_string"] = (
+        b""  # settings of services may be secret, and the access log comes after the answer
+    )
     try:
         wait_s = float(dict(urllib.parse.parse_qsl(query)).get("wait", _DEFAULT_WAIT_S))
     except ValueError:

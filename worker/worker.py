@@ -24,6 +24,7 @@ from segue.handoff import descriptors
 from segue.handoff.http import serve
 from segue.handoff.messages import FdName, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
 from segue.worker import public, usage
+from segue.worker.adoption import Adoption
 from segue.worker.drain import Drain, cut
 from segue.worker.endpoints import Refused, handler
 from segue.worker.events import Stage, WorkerInfo
@@ -72,6 +73,7 @@ class Worker:
         config: uvicorn.Config,
         fds: Mapping[str, int],
         telling: Telling,
+        adoption: Adoption,
         limit_max_requests: int | None,
         on_ready: Callable[[], Awaitable[None]],
         services: Hosted,
@@ -80,6 +82,7 @@ class Worker:
         self.master_socket = spec.master_socket
         self.mode = WorkerMode.BOOTING
         self.services = services
+        self.adoption = adoption
         self._spec = spec
         self._config = config
         self._telling = telling
@@ -109,6 +112,7 @@ class Worker:
         }
         for listener in listeners.values():
             listener.sock.setblocking(False)
+        self.listeners = {listener.info: listener.sock for listener in listeners.values()}
         self._control = socket.socket(fileno=fds[FdName.CONTROL])
         self._lifeline = fds[FdName.LIFELINE]
         self._intake = Intake(self._http, listeners, self._sockets[FdName.RELAY_READ], self._loop)
@@ -132,12 +136,18 @@ class Worker:
     def operator_drain(self, mode: str | None) -> None:
         gate.set_mode(mode)
 
+    @property
+    def relay(self) -> tuple[socket.socket, socket.socket]:
+        """Its read end and its write end."""
+        return self._sockets[FdName.RELAY_READ], self._sockets[FdName.RELAY_WRITE]
+
     # Its life
 
     async def run(self) -> int:
         """Start, serve until told to stop, and end; returns the exit status. Raises `lifespan.StartFailed`."""
         control = await serve(self._control, handler(self))
         self._loop.add_signal_handler(signal.SIGTERM, self.stop, None)
+        self.adoption.serve(self)
         self._loop.add_reader(self._lifeline, self._on_lifeline)
         try:
             if not await self._start_unless_stopped():
@@ -152,6 +162,7 @@ class Worker:
             if self._ticker is not None:
                 self._ticker.cancel()
             self._loop.remove_reader(self._lifeline)
+            self.adoption.close()
             control.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_SERVER_S):
@@ -219,6 +230,10 @@ class Worker:
         with contextlib.suppress(BlockingIOError):
             if os.read(self._lifeline, 1):
                 return
+        lost = self._lifeline
+        self.adoption.poll()
+        if self._lifeline != lost:
+            return  # the next master is here already
         self._loop.remove_reader(self._lifeline)
         self._master_gone = True
         generation, worker = self._spec.generation, self._spec.worker
@@ -232,6 +247,13 @@ class Worker:
             self.drain(None, self._stop_timeout_s)
         elif self.mode is WorkerMode.DRAINED:
             self.stop(None)
+
+    def take_lifeline(self, fd: int) -> None:
+        """Another master's life is watched from now on."""
+        self._loop.remove_reader(self._lifeline)
+        os.close(self._lifeline)
+        self._lifeline, self._master_gone = fd, False
+        self._loop.add_reader(fd, self._on_lifeline)
 
     # Commands
 

@@ -95,9 +95,7 @@ class HSPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if _LEVELS.fullmatch(self.topic_prefix) is None or self.topic_prefix.startswith("$"):
             raise ValueError("topic_prefix is one to four levels of a topic, without wildcards")
         if self.shared_group and _NAME.fullmatch(self.shared_group) is None:
-            raise ValueError(
-                "shared_group is made of letters, digits, dots, colons, dashes and underscores"
-            )
+            raise ValueError("shared_group is made of letters, digits, dots, colons, dashes and underscores")
         for each in self.filters:
             _check_filter(each)
         if not self.tls and (self.tls_ca or self.tls_cert or self.tls_key):

@@ -25,12 +25,16 @@ class Topics:
     @classmethod
     def of(cls, settings: HSPSettings, instance: str) -> Topics:
         """As they are set."""
-        return cls(settings.topic_prefix, settings.identity, instance, settings.filters, settings.shared_group)
+        return cls(
+            settings.topic_prefix, settings.identity, instance, settings.filters, settings.shared_group
+        )
 
     def fact(self, suffix: str) -> str:
         """Where a fact is published. Raises ValueError for what is no topic."""
         if _SUFFIX.fullmatch(suffix) is None or "//" in suffix:
-            raise ValueError(f"{suffix!r} is no topic: levels separated by /, without +, # and $, at most 200")
+            raise ValueError(
+                f"{suffix!r} is no topic: levels separated by /, without +, # and $, at most 200"
+            )
         return f"{self.prefix}/knowledge/facts/{suffix}"
 
     @property

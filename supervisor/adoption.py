@@ -1,0 +1,256 @@
+"""What a master that has just started makes of the workers that it has found: the state that its lifecycle begins with.
+
+Workers tell what they are; the journal tells what they were for. One rule for each mode in which a worker can be found,
+whatever its master was doing when it ended: those of the current generation serve on, those of older ones go on leaving,
+those of a generation that was never promoted are ended. A promote that was begun and not written down as done is
+finished if all of its workers are ready, else undone. Who has not answered counts as alive for as long as its
+generation's deadlines allow, and as having all that it may have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import msgspec
+
+from segue.handoff.messages import WorkerMode
+from segue.supervisor import memory, staffing, succession, swaps
+from segue.supervisor import model as m
+from segue.supervisor.finding import Found, FoundWorker, by_generation
+from segue.supervisor.model import GenerationState, ServicesState, State, Verb, WorkerState
+from segue.supervisor.turn import SLACK_S, Turn
+
+INTERRUPTED = "the master ended before it was done"
+SILENT = "it did not answer the new master"
+_SERVING = frozenset({WorkerMode.READY, WorkerMode.ACTIVE})
+_LEAVING = frozenset({WorkerMode.DRAINING, WorkerMode.DRAINED})
+
+
+class Adopted(msgspec.Struct, frozen=True):
+    """Where the lifecycle goes on from."""
+
+    state: State
+    effects: list[m.Effect]
+    promote: str = ""
+    """What became of a promote that was interrupted: ``finished`` or ``undone``."""
+    generation: int | None = None
+    """Of that promote."""
+
+
+def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], now: float) -> Adopted:
+    """Put together what was written down and what was found. `limits` are those of the generations, if known."""
+    grouped = by_generation(found.workers)
+    state = State(
+        next_generation=max([known.numbers.generation, *(number + 1 for number in grouped)]),
+        drain_mode=known.drain_mode,
+        services=dict(known.services),
+        swap_count=known.numbers.swaps,
+    )
+    turn = Turn(state, now)
+    promoting = _interrupted(known)
+    current = _current(known, grouped, promoting)
+    for number, workers in grouped.items():
+        state.generations[number] = _generation(known, number, workers, limits, now)
+    if current is not None:
+        state.current = current
+        state.generations[current].state = GenerationState.ACTIVE
+    for number, workers in grouped.items():
+        generation = state.generations[number]
+        if number == current:
+            for worker in workers:
+                _go_on(turn, generation, worker)
+        elif number != promoting or current is None:
+            generation.state = GenerationState.DRAINING
+            _leave(turn, generation, workers)
+    outcome = ""
+    if promoting is not None and promoting in grouped and promoting != current and current is not None:
+        outcome = _conclude_promote(turn, known, state.generations[promoting], grouped[promoting])
+    elif promoting is not None:
+        outcome = "finished" if current == promoting else "undone"
+    if state.current is not None:
+        _look_after_current(turn, known, state.generations[state.current], grouped)
+    return Adopted(state, turn.effects, outcome, promoting)
+
+
+def _interrupted(known: memory.Memory) -> int | None:
+    promote = known.promote
+    return promote.generation if promote is not None and not promote.committed else None
+
+
+def _current(
+    known: memory.Memory, grouped: Mapping[int, list[FoundWorker]], promoting: int | None
+) -> int | None:
+    """The generation that serves: as written down, else the newest of which a worker accepts."""
+    if known.current is not None and any(_serves(worker) for worker in grouped.get(known.current, ())):
+        return known.current
+    candidates = [
+        number
+        for number, workers in grouped.items()
+        if any(worker.told is not None and worker.told.mode is WorkerMode.ACTIVE for worker in workers)
+        and number != known.current
+    ]
+    if promoting in candidates:
+        return promoting  # it accepts, and nothing else does
+    return max(candidates, default=None)
+
+
+def _serves(worker: FoundWorker) -> bool:
+    return not worker.booting if worker.told is None else worker.told.mode in _SERVING
+
+
+def _generation(
+    known: memory.Memory,
+    number: int,
+    workers: list[FoundWorker],
+    limits: Mapping[int, m.Limits],
+    now: float,
+) -> m.Generation:
+    written = known.generations.get(number)
+    since = now if written is None else now - max(0.0, time.time() - written.since)
+    generation = m.Generation(number, GenerationState.BOOTING, since=since)
+    generation.limits = limits.get(number, m.Limits())
+    generation.target = len(workers) if written is None else written.target
+    generation.missing = 0 if written is None else written.missing
+    most = max(worker.key[1] for worker in workers)
+    generation.next_worker = max(most + 1, 0 if written is None else written.next_worker)
+    for each in workers:
+        generation.workers[each.key[1]] = _worker(known, each, now)
+    return generation
+
+
+def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
+    number, key = found.key
+    worker = m.Worker(key, WorkerState.BOOTING, deadline=None, heard=now, started=True)
+    worker.swaps_seen = known.numbers.swaps
+    if found.told is not None:
+        told = found.told
+        worker.handover, worker.lead = told.handover_s, told.lead
+        worker.services = ServicesState.ACTIVE if told.services_active else ServicesState.IDLE
+        worker.drain_mode = told.operator_drain
+        return worker
+    written = known.generations.get(number)
+    process = written.processes.get(key) if written is not None else None
+    if process is not None and process.handover is not None and not found.booting:
+        worker.handover, worker.lead = process.handover, process.lead
+        worker.services = ServicesState.ACTIVE
+    return worker
+
+
+# ---------------------------------------------------------------------------------------------- what becomes of each
+
+
+def _go_on(turn: Turn, generation: m.Generation, found: FoundWorker) -> None:
+    """One of the generation that serves."""
+    worker = generation.workers[found.key[1]]
+    mode = found.told.mode if found.told is not None else None
+    if found.booting:
+        worker.deadline = turn.now + generation.limits.ready_timeout
+    elif mode is None:
+        worker.state, worker.replace_why = WorkerState.HUNG, SILENT
+    elif mode is WorkerMode.ACTIVE:
+        worker.state = WorkerState.ACTIVE
+    elif mode is WorkerMode.READY:
+        worker.state = WorkerState.READY
+    elif mode is WorkerMode.QUIET:
+        worker.cause = INTERRUPTED
+        turn.quiet(generation, [worker])
+    else:
+        _end(turn, generation, worker, mode)
+
+
+def _leave(turn: Turn, generation: m.Generation, workers: list[FoundWorker]) -> None:
+    """Those of a generation that no longer serves, or never will."""
+    quiet = []
+    for found in workers:
+        worker = generation.workers[found.key[1]]
+        mode = found.told.mode if found.told is not None else None
+        if found.booting or mode is WorkerMode.READY:
+            turn.terminate(generation, worker, "it is no longer needed")
+        elif mode is None:
+            _end(turn, generation, worker, WorkerMode.DRAINING)
+            worker.handover_refused = True  # it is told when it shows that it is alive
+        elif mode in {WorkerMode.ACTIVE, WorkerMode.QUIET}:
+            quiet.append(worker)
+        else:
+            _end(turn, generation, worker, mode)
+    turn.quiet(generation, quiet)
+
+
+def _end(turn: Turn, generation: m.Generation, worker: m.Worker, mode: WorkerMode) -> None:
+    if mode in _LEAVING:
+        worker.state = WorkerState.DRAINING
+        worker.deadline = turn.now + generation.limits.drain_timeout + SLACK_S
+    else:
+        worker.state = WorkerState.STOPPING
+        worker.deadline = turn.now + generation.limits.stop_timeout + 2 * SLACK_S
+
+
+def _conclude_promote(
+    turn: Turn, known: memory.Memory, generation: m.Generation, workers: list[FoundWorker]
+) -> str:
+    """The new generation of a promote that was begun: all are ready, and it is finished; else nothing of it is left."""
+    written = known.generations.get(generation.id)
+    target = written.target if written is not None else len(workers)
+    modes = [found.told.mode for found in workers if found.told is not None]
+    generation.state = GenerationState.STAGED
+    turn.state.change = m.Change(generation.id, ())
+    finish = len(modes) == len(workers) >= target and all(mode in _SERVING for mode in modes)
+    for found in workers:
+        worker = generation.workers[found.key[1]]
+        mode = found.told.mode if found.told is not None else None
+        if mode is WorkerMode.ACTIVE:
+            worker.state = WorkerState.ACTIVE
+        elif mode is WorkerMode.READY:
+            worker.state = WorkerState.READY
+        elif mode is WorkerMode.QUIET:
+            worker.state = WorkerState.ACTIVATING  # what it has, it hands back
+        elif mode is not None and mode is not WorkerMode.BOOTING:
+            _end(turn, generation, worker, mode)
+    if not finish:
+        succession.fail(turn, generation, INTERRUPTED)
+        return "undone"
+    for worker in generation.having(frozenset({WorkerState.READY})):
+        turn.activate(generation, worker)
+    if all(worker.state is WorkerState.ACTIVE for worker in generation.workers.values()):
+        succession.promote(turn, generation)
+    return "finished"
+
+
+def _look_after_current(
+    turn: Turn, known: memory.Memory, current: m.Generation, grouped: Mapping[int, list[FoundWorker]]
+) -> None:
+    """What its workers were told, or not, of what concerns them all."""
+    for found in grouped[current.id]:
+        worker, told = current.workers[found.key[1]], found.told
+        if told is None or worker.state not in m.SERVING:
+            continue
+        if worker.drain_mode != turn.state.drain_mode:
+            turn.tell_drain(current, worker)
+        if known.instance is not None:  # else nobody knows what was decided
+            _compare_services(turn, known, current, worker, told.versions)
+    if known.swap is not None:
+        _give_up_swap(turn, known.swap, current)
+    turn.state.drained_watch[current.id] = frozenset(turn.state.generations) - {current.id}
+    staffing.fill(turn, current)
+
+
+def _compare_services(
+    turn: Turn, known: memory.Memory, current: m.Generation, worker: m.Worker, versions: Mapping[str, int]
+) -> None:
+    for name, version in versions.items():
+        record = known.services.get(name)
+        decided = record.version if record is not None else 1
+        if version != decided:
+            why = f"its service {name} is version {version}, and {decided} was decided"
+            staffing.replace(turn, current, worker, why)
+
+
+def _give_up_swap(turn: Turn, written: memory.Swap, current: m.Generation) -> None:
+    """It was not decided: what workers have prepared is taken back."""
+    swap = m.Swap(written.operation, written.service, current.id, written.version, {})
+    swap.phase = m.SwapPhase.UNDO
+    for worker in current.having(frozenset({WorkerState.ACTIVE})):
+        swap.shares[worker.id] = m.Share(None)
+        turn.swap(swap, worker, Verb.SWAP_ABORT, swaps.SWAP_ABORT_TIMEOUT_S)
+    turn.state.swaps_told.append(swap)

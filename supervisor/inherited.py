@@ -1,0 +1,76 @@
+"""What a master is given when it starts: by systemd's store, by its socket units, or by itself before an upgrade.
+
+All of it comes in one way, as descriptors with names (sd_listen_fds(3)). Names that aren't ours are sockets that somebody
+else has bound for us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import urllib.parse
+from collections.abc import Iterable
+
+from segue.handoff.listeners import Listener, adopt_listener, known_listener
+from segue.handoff.messages import FdName
+from segue.supervisor.spawning import Lifeline, Relay
+
+LOCK = "segue-lock"
+CONTROL = "segue-control"
+NOTIFY = "segue-notify"
+LIFELINE_READ = "segue-lifeline-read"
+LIFELINE_WRITE = "segue-lifeline-write"
+_LISTENER = "segue-listener"
+_ONLY_ONCE = {LOCK, CONTROL, NOTIFY, LIFELINE_READ, LIFELINE_WRITE, FdName.RELAY_READ, FdName.RELAY_WRITE}
+
+
+def listener_name(bind: str, number: int) -> str:
+    """What the `number`-th listener of `bind` is called in the store: systemd takes no colon in a name."""
+    return f"{_LISTENER}.{number}.{urllib.parse.quote(bind, safe='')}"
+
+
+class Inherited:
+    """Taken apart. What is not taken over is closed by `close`."""
+
+    def __init__(self, fds: Iterable[tuple[str, int]]) -> None:
+        """Raises OSError for what isn't a socket and should be."""
+        self.listeners: dict[str, list[Listener]] = {}
+        """Those that a master of this instance had bound, by bind."""
+        self.passed: list[tuple[str, Listener]] = []
+        """Those that others have bound, and their names."""
+        self.relay: Relay | None = None
+        self.lifeline: Lifeline | None = None
+        self._own: dict[str, int] = {}
+        bound: list[tuple[str, int, int]] = []
+        for name, fd in fds:
+            if name in _ONLY_ONCE:
+                if name in self._own:
+                    os.close(fd)
+                else:
+                    self._own[name] = fd
+            elif name.startswith(f"{_LISTENER}."):
+                _, number, bind = name.split(".", 2)
+                bound.append((urllib.parse.unquote(bind), int(number), fd))
+            else:
+                self.passed.append((name, adopt_listener(fd)))
+        for known, place, fd in sorted(bound):
+            listener = known_listener(known, place, fd)
+            if listener is not None:
+                self.listeners.setdefault(known, []).append(listener)
+        if {FdName.RELAY_READ, FdName.RELAY_WRITE} <= self._own.keys():
+            ends = [self._own.pop(name) for name in (FdName.RELAY_READ, FdName.RELAY_WRITE)]
+            self.relay = Relay(*(socket.socket(fileno=fd) for fd in ends))
+        if {LIFELINE_READ, LIFELINE_WRITE} <= self._own.keys():
+            self.lifeline = Lifeline(self._own.pop(LIFELINE_READ), self._own.pop(LIFELINE_WRITE))
+
+    def take(self, name: str) -> int | None:
+        """The descriptor of this name, which is the caller's from now on."""
+        return self._own.pop(name, None)
+
+    def close(self) -> None:
+        """Give back what nobody has taken."""
+        for fd in self._own.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._own.clear()

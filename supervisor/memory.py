@@ -1,0 +1,270 @@
+"""What a master writes down for the next one (`segue.supervisor.journal`), and how that one reads it.
+
+No token is written: it is read from its file again. Settings and the choices of services may hold secrets; the file
+is for its owner only, and nothing of them is ever logged. What can't be read, since it is torn or of another version,
+is as if it had never been written: living workers are asked, and the settings on disk fill what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from segue.handoff.adoption import start_time
+from segue.handoff.listeners import Listener
+from segue.handoff.messages import ListenerInfo, ServiceRecord
+from segue.supervisor import settings as config
+from segue.supervisor.model import GenerationState, State, WorkerState
+from segue.supervisor.snapshot import Snapshot
+
+_T = TypeVar("_T")
+_TAKES_WORK = frozenset({WorkerState.ACTIVATING, WorkerState.ACTIVE})
+
+
+class Instance(msgspec.Struct, frozen=True):
+    """What never changes while a master lives."""
+
+    identity: str
+    epoch: int
+
+
+class Numbers(msgspec.Struct, frozen=True):
+    """What the next ones are called."""
+
+    generation: int = 1
+    operation: int = 1
+    swaps: int = 0
+
+
+class Promote(msgspec.Struct, frozen=True):
+    """The last promote: its intent, and with `committed` that it is done."""
+
+    epoch: int
+    previous: int | None
+    generation: int
+    committed: bool = False
+
+
+class Swap(msgspec.Struct, frozen=True):
+    """A swap that hasn't been decided: its workers may have to be told to give it up."""
+
+    operation: int
+    service: str
+    version: int
+
+
+class Process(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's process."""
+
+    pid: int
+    start_time: int
+    handover: float | None = None
+    lead: bool = False
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """A `Snapshot`, without its token and with its settings as plain values."""
+
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    file: str | None
+    working_dir: str
+    app_dir: str
+    python: str
+    fingerprint: str
+    listeners: tuple[ListenerInfo, ...]
+    workers: int
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One generation."""
+
+    state: str
+    since: float
+    """Unix time."""
+    target: int
+    missing: int
+    next_worker: int
+    processes: dict[int, Process] = {}
+    sources: Sources | None = None
+
+
+class Memory(msgspec.Struct):
+    """Everything that was written down."""
+
+    instance: Instance | None = None
+    numbers: Numbers = Numbers()
+    current: int | None = None
+    drain_mode: str | None = None
+    promote: Promote | None = None
+    swap: Swap | None = None
+    services: dict[str, ServiceRecord] = {}
+    generations: dict[int, Generation] = {}
+    operations: dict[int, dict[str, Any]] = {}
+
+
+_GENERATION = "generation/"
+_OPERATION = "operation/"
+
+
+def recall(values: dict[str, bytes]) -> Memory:
+    """Read it back. Never raises."""
+    memory = Memory(
+        instance=_decode(values.get("instance"), Instance),
+        numbers=_decode(values.get("numbers"), Numbers) or Numbers(),
+        promote=_decode(values.get("promote"), Promote),
+        swap=_decode(values.get("swap"), Swap),
+        services=_decode(values.get("services"), dict[str, ServiceRecord]) or {},
+        current=_decode(values.get("current"), int),
+        drain_mode=_decode(values.get("drain_mode"), str),
+    )
+    for key, data in values.items():
+        kind, _, number = key.rpartition("/")
+        if not number.isdecimal():
+            continue
+        if f"{kind}/" == _GENERATION and (generation := _decode(data, Generation)) is not None:
+            memory.generations[int(number)] = generation
+        elif f"{kind}/" == _OPERATION and (operation := _decode(data, dict[str, Any])) is not None:
+            memory.operations[int(number)] = operation
+    return memory
+
+
+def _decode(data: bytes | None, kind: type[_T]) -> _T | None:
+    try:
+        return None if data is None else msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError:
+        return None
+
+
+class Writer:
+    """Puts the state of a master into the form of the journal."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._promote: Promote | None = None
+        self._sources: dict[int, tuple[Snapshot, Sources]] = {}
+
+    def values(
+        self,
+        state: State,
+        snapshots: dict[int, Snapshot],
+        processes: dict[tuple[int, int], tuple[int, int]],
+        operations: dict[int, dict[str, Any]],
+        next_operation: int,
+    ) -> dict[str, Any]:
+        """What is to be in the journal. `processes` are pid and start time, by generation and worker."""
+        self._sources = {number: known for number, known in self._sources.items() if number in snapshots}
+        undecided = state.swap if state.swap is not None and not state.swap.decided else None
+        values: dict[str, Any] = {
+            "instance": self._instance,
+            "numbers": Numbers(state.next_generation, next_operation, state.swap_count),
+            "current": state.current,
+            "drain_mode": state.drain_mode,
+            "promote": self._promote_of(state),
+            "swap": undecided and Swap(undecided.operation, undecided.service, undecided.version),
+            "services": state.services,
+        }
+        wall = time.time() - time.monotonic()
+        for number, generation in state.generations.items():
+            values[f"{_GENERATION}{number}"] = Generation(
+                state=generation.state,
+                since=round(generation.since + wall, 1),
+                target=generation.target,
+                missing=generation.missing,
+                next_worker=generation.next_worker,
+                processes={
+                    worker.id: Process(*processes[number, worker.id], worker.handover, worker.lead)
+                    for worker in generation.workers.values()
+                    if (number, worker.id) in processes
+                },
+                sources=self._sources_of(number, snapshots.get(number)),
+            )
+        return values | {f"{_OPERATION}{number}": document for number, document in operations.items()}
+
+    def _promote_of(self, state: State) -> Promote | None:
+        """Written with the step that tells the first worker to activate, before it is told."""
+        for generation in state.generations.values():
+            if generation.state is GenerationState.STAGED and generation.having(_TAKES_WORK):
+                self._promote = Promote(self._instance.epoch, state.current, generation.id)
+                return self._promote
+        last = self._promote
+        if last is not None and not last.committed:
+            done = state.current == last.generation
+            self._promote = msgspec.structs.replace(last, committed=True) if done else None
+        return self._promote
+
+    def _sources_of(self, number: int, taken: Snapshot | None) -> Sources | None:
+        if taken is None:
+            return None
+        known = self._sources.get(number)
+        if known is None or known[0] is not taken:
+            known = self._sources[number] = (taken, _sources(taken))
+        return known[1]
+
+
+def _sources(taken: Snapshot) -> Sources:
+    return Sources(
+        settings=msgspec.to_builtins(taken.settings),
+        sources=taken.effective.sources,
+        file=taken.effective.file,
+        working_dir=taken.working_dir,
+        app_dir=taken.app_dir,
+        python=taken.python,
+        fingerprint=taken.fingerprint,
+        listeners=tuple(listener.info for listener in taken.listeners),
+        workers=taken.workers,
+    )
+
+
+def scaled(known: Memory, workers: int) -> int | None:
+    """How many workers were asked for by hand, if the setting has been `workers` then and is still."""
+    last = known.generations.get(known.current or 0)
+    if last is None or last.sources is None or last.sources.settings.get("workers") != workers:
+        return None
+    return last.target or None
+
+
+def living_settings(known: Memory) -> config.Effective | None:
+    """What the current generation was started with, if one of its workers lives."""
+    current = known.generations.get(known.current or 0)
+    if current is None or current.sources is None:
+        return None
+    if not any(start_time(each.pid) == each.start_time for each in current.processes.values()):
+        return None
+    sources = current.sources
+    try:
+        return config.Effective(
+            msgspec.convert(sources.settings, config.Settings), sources.sources, sources.file
+        )
+    except msgspec.ValidationError:
+        return None
+
+
+def snapshot_of(
+    sources: Sources, listeners: Mapping[str, Listener], now: config.Effective
+) -> Snapshot | None:
+    """A generation's snapshot again, without its token; settings that its version of segue did not have are as `now`.
+
+    None if it can't be had: the settings have another form.
+    """
+    known = msgspec.to_builtins(now.settings)
+    settings = known | {key: value for key, value in sources.settings.items() if key in known}
+    try:
+        effective = config.Effective(
+            msgspec.convert(settings, config.Settings), now.sources | sources.sources, sources.file
+        )
+    except msgspec.ValidationError:
+        return None
+    return Snapshot(
+        effective=effective,
+        working_dir=sources.working_dir,
+        app_dir=sources.app_dir,
+        python=sources.python,
+        token=None,
+        fingerprint=sources.fingerprint,
+        listeners=tuple(listeners[info.name] for info in sources.listeners if info.name in listeners),
+        workers=sources.workers,
+    )
