@@ -126,17 +126,14 @@ def running(directory: Path, *flags: str, workers: int = 2, code: str = APP) -> 
         master.stop(None)
 
 
-def seen(master: Segue) -> dict[int, dict[str, Any]]:
-    """What each worker has, asked on its own socket: version, and tag by way of HTTP until each has answered."""
-    return {
-        worker["pid"]: worker["services"]["model"]["version"]
-        for worker in master.wait_status(
-            lambda document: all(
-                worker["state"] == "active" and worker.get("services")
-                for worker in current(document)["workers"]
-            )
-        )["generations"][-1]["workers"]
-    }
+def seen(master: Segue) -> dict[int, int]:
+    """The version that each worker has, by its pid."""
+    document = master.wait_status(
+        lambda document: all(
+            worker["state"] == "active" and worker.get("services") for worker in current(document)["workers"]
+        )
+    )
+    return {worker["pid"]: worker["services"]["model"]["version"] for worker in current(document)["workers"]}
 
 
 def current(document: dict[str, Any]) -> dict[str, Any]:
