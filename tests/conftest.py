@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import textwrap
 import uuid
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scenario import MARK, ROOT
+from scenario import MADE, MARK, ROOT
 
 APP = """
 import asyncio, hashlib, os
@@ -53,6 +54,14 @@ async def app(scope, receive, send):
     await send({{"type": "http.response.start", "status": 200, "headers": headers}})
     await send({{"type": "http.response.body", "body": body}})
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_left_directories() -> Iterator[None]:
+    """Remove the directories that tests made under short paths."""
+    yield
+    for directory in MADE:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -105,6 +105,16 @@ def segue(
     )
 
 
+MADE: list[str] = []
+"""Directories that tests have made outside pytest's own, whose paths are too long for a socket."""
+
+
+def made_directory(prefix: str) -> str:
+    """A new one; removed when all tests have ended."""
+    MADE.append(tempfile.mkdtemp(prefix=prefix))
+    return MADE[-1]
+
+
 class Segue:
     """`segue serve` as a subprocess. It is ready when it says so, by sd_notify."""
 
@@ -122,7 +132,7 @@ class Segue:
         prefix: tuple[str, ...] = (),
     ) -> None:
         """`prefix` is a command that runs the command given to it (`prlimit --nproc=1`)."""
-        self.runtime_dir = runtime_dir or tempfile.mkdtemp(prefix="segue-t-")
+        self.runtime_dir = runtime_dir or made_directory("segue-t-")
         self.name = name
         interpreter = interpreter or own()
         options = interpreter.popen_options()
@@ -130,7 +140,7 @@ class Segue:
             os.chown(self.runtime_dir, options["user"], -1)
         self._states: list[dict[str, str]] = []
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        path = os.path.join(tempfile.mkdtemp(prefix="segue-n-"), "n")
+        path = os.path.join(made_directory("segue-n-"), "n")
         self._notify.bind(path)
         os.chmod(path, 0o777)
         os.chmod(os.path.dirname(path), 0o755)
