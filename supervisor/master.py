@@ -445,7 +445,9 @@ class Master:
             self.put(model.PrepareFailed(generation, str(error)))
             return
         except (RuntimeError, MemoryError) as error:  # the system refuses a thread, or memory
-            self.put(model.PrepareFailed(generation, f"{type(error).__name__}: {error}"))
+            what = "a thread" if isinstance(error, RuntimeError) else "memory"
+            hint = "see the limits of processes and memory (ulimit -u, TasksMax=, MemoryMax=)"
+            self.put(model.PrepareFailed(generation, f"the system refuses {what}: {error}; {hint}"))
             return
         if generation not in self.state.generations:
             return
