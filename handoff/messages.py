@@ -63,6 +63,8 @@ class WorkerMode(enum.StrEnum):
     """Hands its connections over as they become idle."""
     DRAINED = "drained"
     """No connection and no task is left; can be activated again."""
+    PARKED = "parked"
+    """Drained, and told to stay for a while: its generation may be taken back."""
     STOPPING = "stopping"
 
 
@@ -117,6 +119,17 @@ class SwapOrder(msgspec.Struct, frozen=True):
     """What is remembered of earlier choices."""
 
 
+class RecycleLimits(msgspec.Struct, frozen=True):
+    """When a worker asks to be replaced; of each jitter it adds a random part. None: never."""
+
+    requests: int | None = None
+    requests_jitter: int = 0
+    rss_bytes: int | None = None
+    rss_jitter_bytes: int = 0
+    age_s: float | None = None
+    age_jitter_s: float = 0.0
+
+
 class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a worker needs to know to start. Times in seconds."""
 
@@ -167,6 +180,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the master that starts it."""
     fingerprint: str = ""
     """That of its generation's code."""
+    probe_path: str | None = None
+    """Where its application can be asked in private, from ready on; bound by the worker."""
+    recycle: RecycleLimits = RecycleLimits()
 
 
 class WorkerStatus(msgspec.Struct):
@@ -198,6 +214,8 @@ class WorkerStatus(msgspec.Struct):
     """Unix time of its start."""
     listeners: list[str] = []
     """Addresses that it accepts on now."""
+    probe: str | None = None
+    """The private Unix socket on which its application can be asked."""
     queue: dict[str, int] = {}
     """What an operator's drain holds (``waiting``) and has held, and what it has rejected."""
     services: dict[str, dict[str, Any]] = {}

@@ -77,6 +77,10 @@ class Instance:
         """Where a later master finds a worker."""
         return os.path.join(self.directory, f"g{generation}w{worker}{adoption.SUFFIX}")
 
+    def probe_socket(self, generation: int, worker: int) -> str:
+        """Where the application of a worker can be asked in private."""
+        return os.path.join(self.directory, f"g{generation}w{worker}.http")
+
     def worker_keys(self) -> list[tuple[int, int]]:
         """Generation and worker of those whose sockets are there, whether they live or not."""
         found = filter(None, map(_WORKER_SOCKET.fullmatch, os.listdir(self.directory)))
@@ -84,7 +88,8 @@ class Instance:
 
     def forget_worker(self, generation: int, worker: int) -> None:
         """Remove what a worker that has ended may have left behind."""
-        for path in (self.worker_socket(generation, worker), self.adoption_socket(generation, worker)):
+        key = (generation, worker)
+        for path in (self.worker_socket(*key), self.adoption_socket(*key), self.probe_socket(*key)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 

@@ -107,6 +107,12 @@ def check_combinations(given: Given, python: str) -> None:
         raise SettingsError(
             f"{place('limit-max-requests-jitter')} is added to limit-max-requests, which is not set; set it, too"
         )
+    for limit in ("max-worker-rss", "max-worker-age"):
+        if given.get(f"{limit}-jitter") is not None and given.get(limit) is None:
+            raise SettingsError(
+                f"{place(f'{limit}-jitter')} is added to {limit}, which is not set; set it, too"
+            )
+    check_deploys(given)
     if given.get("ssl-certfile") is None:
         for key in (setting.key for setting in TABLE if setting.key.startswith("ssl-")):
             if given.get(key) is not None:
@@ -123,6 +129,26 @@ def check_combinations(given: Given, python: str) -> None:
             raise SettingsError(
                 f"http = 'zttp' ({given.source('http')}): it is not installed for {python}; 'pip install zttp' ({both})"
             )
+
+
+def check_deploys(given: Given) -> None:
+    """How generations follow on one another."""
+    place, strategy, canary = given.place, given.get("strategy"), given.get("canary")
+    if canary is not None and strategy != "surge":
+        raise SettingsError(
+            f"{place('canary')} and strategy = {strategy!r} ({given.source('strategy')}) contradict each other: "
+            "a canary runs beside all old workers; leave one of them out"
+        )
+    if canary is not None and canary > given.get("workers"):
+        raise SettingsError(
+            f"canary = {canary} ({given.source('canary')}) is more than workers = {given.get('workers')} "
+            f"({given.source('workers')}); choose at most as many"
+        )
+    if strategy == "replace" and given.get("park-for"):
+        raise SettingsError(
+            f"{place('park-for')} keeps old workers beside the new ones, and strategy = 'replace' "
+            f"({given.source('strategy')}) is for what can't run twice; leave one of them out"
+        )
 
 
 def settle_binds(given: Given, base_dir: str) -> tuple[tuple[str, ...], str]:

@@ -18,6 +18,7 @@ class Kind(enum.Enum):
     TEXT = "text"
     INTEGER = "whole number"
     NUMBER = "number"
+    SIZE = "number of bytes"
     SWITCH = "true or false"
     LIST = "list of texts"
     FILE = "path of a file that exists"
@@ -37,7 +38,8 @@ class Group(enum.StrEnum):
 
     APPLICATION = "Application"
     LISTEN = "Where to listen"
-    PROCESSES = "Instance, workers and reloads"
+    PROCESSES = "Instance and workers"
+    DEPLOYS = "Reloads and rollbacks"
     HEALTH = "Health and control"
     HTTP = "HTTP"
     WEBSOCKETS = "WebSockets"

@@ -33,6 +33,7 @@ _TYPES: dict[Kind, Any] = {
     Kind.DIRECTORY: str,
     Kind.INTEGER: int,
     Kind.NUMBER: float,
+    Kind.SIZE: int,
     Kind.SWITCH: bool,
     Kind.LIST: list[str],
 }
@@ -328,6 +329,9 @@ def expected(setting: Setting) -> str:
         )
     if setting.kind is Kind.LIST:
         return "a list of texts" + (" or one text" if setting.key == "bind" else "")
+    if setting.kind is Kind.SIZE:
+        least = "above 0" if setting.above is not None else "from 0"
+        return f"a number of bytes {least} up to 1024T, also with K, M, G or T after it ('512M')"
     if setting.kind not in {Kind.INTEGER, Kind.NUMBER}:
         return {Kind.SWITCH: "true or false", Kind.TEXT: "a text"}.get(
             setting.kind, f"the {setting.kind.value}"
@@ -351,8 +355,10 @@ def _convert(setting: Setting, given: Value) -> Value:
         value = raw if given.parsed else _parse(setting, raw)
         if setting.key == "bind" and isinstance(value, str):
             value = [value]
+        if setting.kind is Kind.SIZE and isinstance(value, str) and value:
+            value = parse_size(value)
         value = msgspec.convert(value, type=_TYPES[setting.kind], strict=True)
-        if setting.kind is Kind.INTEGER and isinstance(raw, float):
+        if setting.kind in {Kind.INTEGER, Kind.SIZE} and isinstance(raw, float):
             raise ValueError
         value = tuple(value) if isinstance(value, list) else value
         if value == "" and setting.default is None and setting.key not in _EMPTY_COUNTS:
@@ -367,7 +373,7 @@ def _convert(setting: Setting, given: Value) -> Value:
 def _within(setting: Setting, value: Any) -> bool:
     if setting.choices:
         return value in setting.choices or (setting.importable and _IMPORT.fullmatch(value) is not None)
-    if setting.kind not in {Kind.INTEGER, Kind.NUMBER}:
+    if setting.kind not in {Kind.INTEGER, Kind.NUMBER, Kind.SIZE}:
         return True
     return (
         math.isfinite(value)
@@ -378,6 +384,25 @@ def _within(setting: Setting, value: Any) -> bool:
 
 
 _IMPORT = re.compile(r"[^\s:]+:[^\s:]+")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """``512M``, ``1.5GiB`` or ``1000`` as bytes; the letters are powers of 1024, as to systemd. Raises `ValueError`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * 1024**power)
+
+
+def show_size(size: int) -> str:
+    """The shortest way to write it without loss."""
+    for power, letter in enumerate("TGMK"):
+        unit = 1024 ** (4 - power)
+        if size and size % unit == 0:
+            return f"{size // unit}{letter}"
+    return str(size)
 
 
 def _parse(setting: Setting, text: str) -> Any:

@@ -28,7 +28,7 @@ REFUSED: dict[str, Refused] = {
 }
 
 _YEAR_S = 365 * 86400
-_APP, _LISTEN, _PROC, _HEALTH, _HTTP, _WS, _TLS, _PROXY, _LOG = Group
+_APP, _LISTEN, _PROC, _DEPLOY, _HEALTH, _HTTP, _WS, _TLS, _PROXY, _LOG = Group
 
 
 def _text(key: str, group: Group, text: str, **more: Any) -> Setting:
@@ -41,6 +41,12 @@ def _integer(key: str, group: Group, text: str, **more: Any) -> Setting:
 
 def _seconds(key: str, group: Group, text: str, **more: Any) -> Setting:
     usual: dict[str, Any] = {"kind": Kind.NUMBER, "maximum": _YEAR_S, "unit": "seconds", "metavar": "SECONDS"}
+    positive: dict[str, Any] = {} if "minimum" in more else {"above": 0}
+    return Setting(key=key, group=group, help=text, **(usual | positive | more))
+
+
+def _size(key: str, group: Group, text: str, **more: Any) -> Setting:
+    usual: dict[str, Any] = {"kind": Kind.SIZE, "maximum": 2**50, "unit": "bytes", "metavar": "SIZE"}
     positive: dict[str, Any] = {} if "minimum" in more else {"above": 0}
     return Setting(key=key, group=group, help=text, **(usual | positive | more))
 
@@ -220,6 +226,72 @@ TABLE: tuple[Setting, ...] = (
         "Add up to so many at random, so that workers aren't replaced all at once.",
         default=0,
         uvicorn="limit_max_requests_jitter",
+        minimum=0,
+    ),
+    _size("max-worker-rss", _PROC, "Replace a worker that uses more memory (512M, 2G)."),
+    _size(
+        "max-worker-rss-jitter",
+        _PROC,
+        "Add up to so much at random, so that workers don't come to it all at once.",
+        shown_default="a tenth of it",
+        minimum=0,
+    ),
+    _seconds("max-worker-age", _PROC, "Replace a worker that has run for so long."),
+    _seconds(
+        "max-worker-age-jitter",
+        _PROC,
+        "Add up to so much at random, so that workers don't come to it all at once.",
+        shown_default="a tenth of it",
+        minimum=0,
+    ),
+    _text(
+        "strategy",
+        _DEPLOY,
+        "How a reload replaces workers: surge starts all new ones beside the old ones, rolling one at a time, replace "
+        "stops the old ones first, for what can't run twice.",
+        default="surge",
+        choices=("surge", "rolling", "replace"),
+    ),
+    _seconds(
+        "replace-timeout",
+        _DEPLOY,
+        "With --strategy replace, how long the old workers may finish what they have begun.",
+        default=10.0,
+        minimum=0,
+    ),
+    _integer(
+        "canary",
+        _DEPLOY,
+        "Let so many workers of a new generation serve beside the old one first.",
+        shown_default="none",
+        minimum=1,
+        maximum=1024,
+        metavar="N",
+    ),
+    _seconds("canary-for", _DEPLOY, "How long they do, before all are replaced.", default=60.0),
+    _seconds(
+        "probation",
+        _DEPLOY,
+        "How long a new generation is watched: if a worker of it crashes, or too many of its answers are 5xx, the "
+        "previous one is taken back.",
+        default=10.0,
+        minimum=0,
+    ),
+    Setting(
+        key="probation-5xx",
+        kind=Kind.NUMBER,
+        group=_DEPLOY,
+        help="Too many is a share of the answers larger by so much than the previous generation's, of at least 20.",
+        default=0.2,
+        above=0,
+        maximum=1,
+        metavar="SHARE",
+    ),
+    _seconds(
+        "park-for",
+        _DEPLOY,
+        "How long the previous generation is kept warm after a reload, for 'segue rollback'.",
+        shown_default="the probation time",
         minimum=0,
     ),
     _list(

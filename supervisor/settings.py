@@ -22,7 +22,7 @@ import msgspec
 from segue.supervisor import setting_checks as checks
 from segue.supervisor.addresses import absolute
 from segue.supervisor.setting_schema import ADDRESS_FORMS, Kind, SettingsError
-from segue.supervisor.setting_sources import collect
+from segue.supervisor.setting_sources import collect, show_size
 from segue.supervisor.setting_table import BY_KEY, TABLE
 
 __all__ = [
@@ -75,6 +75,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Written as a bind."""
     token_file: str | None
     stop_delay: float
+    strategy: str
+    """``surge``, ``rolling`` or ``replace``."""
+    replace_timeout: float
+    canary: int | None
+    """Workers; None: there is no canary."""
+    canary_for: float
+    probation: float
+    probation_5xx: float
+    """A share from 0 to 1, on top of what the previous generation had."""
+    park_for: float | None
+    """None: as long as the probation."""
+    max_worker_rss: int | None
+    """Bytes."""
+    max_worker_rss_jitter: int | None
+    """Bytes; None: a tenth of the limit."""
+    max_worker_age: float | None
+    max_worker_age_jitter: float | None
+    """None: a tenth of the limit."""
     uvicorn: dict[str, Any]
     """Keyword arguments of ``uvicorn.Config``; what is not set is not in it, so that uvicorn's own default counts."""
     backlog: int
@@ -135,6 +153,17 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         admin=checks.settle_admin(given, binds, base_dir),
         token_file=values["token-file"],
         stop_delay=values["stop-delay"],
+        strategy=values["strategy"],
+        replace_timeout=values["replace-timeout"],
+        canary=values["canary"],
+        canary_for=values["canary-for"],
+        probation=values["probation"],
+        probation_5xx=values["probation-5xx"],
+        park_for=values["park-for"],
+        max_worker_rss=values["max-worker-rss"],
+        max_worker_rss_jitter=values["max-worker-rss-jitter"],
+        max_worker_age=values["max-worker-age"],
+        max_worker_age_jitter=values["max-worker-age-jitter"],
         uvicorn={
             str(setting.uvicorn): values[setting.key]
             for setting in TABLE
@@ -295,6 +324,8 @@ def _readable(key: str, value: Any) -> str:
         return f"({shown})" if shown else "-"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if key in BY_KEY and BY_KEY[key].kind is Kind.SIZE:
+        return show_size(value)
     if isinstance(value, float):
         return f"{value:.15g}"
     if isinstance(value, (tuple, list)):

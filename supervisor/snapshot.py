@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from segue.handoff.listeners import Listener
-from segue.handoff.messages import ServiceRecord, WorkerSpec
+from segue.handoff.messages import RecycleLimits, ServiceRecord, WorkerSpec
 from segue.supervisor import settings as config
 from segue.supervisor.fingerprint import fingerprint
 from segue.supervisor.instance import Instance
@@ -17,6 +17,8 @@ from segue.supervisor.spawning import resolve_interpreter
 
 HEARTBEATS_PER_TIMEOUT = 3
 """How many heartbeats a worker sends within the time after which its silence counts as a hang."""
+_JITTER = 0.1
+"""The share of a limit that is added at random at most, if nobody says."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -85,6 +87,8 @@ class Snapshot(msgspec.Struct, frozen=True):
             services=dict(services or {}),
             queue_limit=settings.queue_limit,
             queue_timeout_s=settings.queue_timeout,
+            probe_path=instance.probe_socket(generation, worker),
+            recycle=_recycle_limits(settings),
         )
 
 
@@ -106,6 +110,19 @@ def take(effective: config.Effective) -> Snapshot:
         python=python,
         token=config.read_token(settings.token_file) if settings.token_file else None,
         fingerprint=_fingerprint(settings, app_dir, python),
+    )
+
+
+def _recycle_limits(settings: config.Settings) -> RecycleLimits:
+    rss, rss_jitter = settings.max_worker_rss, settings.max_worker_rss_jitter
+    age, age_jitter = settings.max_worker_age, settings.max_worker_age_jitter
+    return RecycleLimits(
+        requests=settings.uvicorn.get("limit_max_requests"),
+        requests_jitter=settings.uvicorn.get("limit_max_requests_jitter", 0),
+        rss_bytes=rss,
+        rss_jitter_bytes=int((rss or 0) * _JITTER) if rss_jitter is None else rss_jitter,
+        age_s=age,
+        age_jitter_s=(age or 0) * _JITTER if age_jitter is None else age_jitter,
     )
 
 

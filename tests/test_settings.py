@@ -578,6 +578,16 @@ def files(base: Path) -> Path:
         ({"http2": True}, ["http2 (flag --http2)", "http = 'zttp'"]),
         ({"http2": True, "http": "h11"}, ["http2 (", "'h11' (flag --http)"]),
         ({"limit_max_requests_jitter": 3}, ["limit-max-requests-jitter (", "limit-max-requests,"]),
+        ({"max_worker_rss_jitter": "1M"}, ["max-worker-rss-jitter (", "max-worker-rss,"]),
+        ({"max_worker_age_jitter": 1.0}, ["max-worker-age-jitter (", "max-worker-age,"]),
+        ({"max_worker_rss": "1X"}, ["max-worker-rss = '1X' (flag --max-worker-rss)", "'512M'", "above 0"]),
+        ({"max_worker_rss": "0"}, ["max-worker-rss = '0'", "above 0"]),
+        ({"max_worker_rss": "-1M"}, ["max-worker-rss = '-1M'"]),
+        ({"canary": 2}, ["canary = 2 (flag --canary)", "workers = 1 (default)"]),
+        ({"canary": 1, "strategy": "rolling"}, ["canary (flag --canary)", "'rolling' (flag --strategy)"]),
+        ({"strategy": "replace", "park_for": 5.0}, ["park-for (flag --park-for)", "'replace' (flag --strategy)"]),
+        ({"strategy": "blue"}, ["strategy = 'blue'", "'surge', 'rolling', 'replace'"]),
+        ({"probation_5xx": 1.5}, ["probation-5xx = 1.5", "up to 1"]),
         ({"factory": True}, ["factory (flag --factory)", "APP"]),
         ({"app": "shop"}, ["app = 'shop' (argument APP)", "shop:app"]),
         ({"app": "shop/app.py"}, ["app = 'shop/app.py'", "shop.app:app"]),
@@ -615,6 +625,30 @@ def test_what_is_impossible_is_refused_naming_keys_and_places(
     for part in parts:
         assert part in message
     assert "hush" not in message
+
+
+@pytest.mark.parametrize(
+    ("written", "size", "shown"),
+    [
+        ("512M", 512 << 20, "512M"),
+        ("2G", 2 << 30, "2G"),
+        ("1.5GiB", 1536 << 20, "1536M"),
+        ("1000", 1000, "1000"),
+        ("10 kb", 10 << 10, "10K"),
+        (4096, 4096, "4K"),
+    ],
+)
+def test_a_size_is_written_in_bytes_or_with_a_letter(written: Any, size: int, shown: str, base: Path) -> None:
+    effective = load(base, max_worker_rss=written)
+    assert effective.settings.max_worker_rss == size
+    line = next(
+        line for line in settings.show(effective, False).splitlines() if line.startswith("max-worker-rss ")
+    )
+    assert line.split()[1] == shown
+    assert load(base, {"SEGUE_MAX_WORKER_RSS": str(written)}).settings.max_worker_rss == size
+    value = written if isinstance(written, int) else f'"{written}"'
+    (base / "segue.toml").write_text(f"max-worker-rss = {value}\n")
+    assert load(base).settings.max_worker_rss == size
 
 
 def test_http_zttp_is_refused_where_it_is_not_installed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 import pytest
 from worker_harness import Bench
 
+from segue.handoff.messages import HOT, RecycleLimits
+
 APP = """
 import asyncio, os, sys, threading
 import segue
 GATE = os.environ.get("GATE")
+hoard = []
 
 async def respond(send, body, status=200, headers=()):
     await send({"type": "http.response.start", "status": status,
@@ -61,6 +66,9 @@ async def app(scope, receive, send):
             await asyncio.sleep(0.01)
         with open(name + ".done", "w") as file:
             file.write("done")
+    elif path == "/hoard":
+        hoard.append(b"x" * int(scope["query_string"]))
+        await respond(send, b"")
     elif path == "/boom":
         raise RuntimeError("boom")
     elif path == "/five":
@@ -559,8 +567,6 @@ async def app(scope, receive, send):
 
 
 def test_a_stdout_that_nobody_reads_does_not_hang_readiness(bench: Bench) -> None:
-    import os
-
     os.close(bench.stdout)
     reader, bench.stdout = os.pipe()
     os.set_blocking(bench.stdout, False)
@@ -576,13 +582,108 @@ def test_a_stdout_that_nobody_reads_does_not_hang_readiness(bench: Bench) -> Non
 
 
 def test_a_worker_asks_to_be_recycled_after_its_requests(bench: Bench) -> None:
-    worker = bench.spawn(limit_max_requests=3).wait_ready().activate()
+    worker = bench.spawn(spec={"recycle": RecycleLimits(requests=3)}).wait_ready().activate()
     client = bench.client()
     for _ in range(4):
         client.ask()
-    assert worker.wait_for("X_SEGUE_RECYCLE") == "limit_max_requests"
+    assert worker.wait_for("X_SEGUE_RECYCLE").endswith("(limit-max-requests)")
     assert client.ask().status == 200
     assert worker.stop() == 0
+
+
+def test_a_worker_asks_to_be_recycled_when_it_uses_too_much_memory(bench: Bench) -> None:
+    limits = RecycleLimits(rss_bytes=180 << 20)
+    worker = bench.spawn(spec={"recycle": limits}).wait_ready().activate()
+    client = bench.client()
+    assert client.ask("/hoard?200000000").status == 200
+    assert worker.wait_for("X_SEGUE_RECYCLE").endswith("MiB (max-worker-rss)")
+    assert worker.stop() == 0
+
+
+def test_a_memory_limit_below_what_a_worker_starts_with_is_put_aside_and_said(bench: Bench) -> None:
+    limits = RecycleLimits(rss_bytes=1 << 20, age_s=2.0)
+    worker = bench.spawn(spec={"recycle": limits}).wait_ready().activate()
+    assert worker.wait_for("X_SEGUE_RECYCLE").endswith("(max-worker-age)")  # the other came first, if at all
+    assert "event=max-worker-rss-ignored" in os.pread(bench.stdout, 1 << 16, 0).decode()
+    assert worker.stop() == 0
+
+
+def test_a_worker_that_does_not_serve_asks_for_nothing(bench: Bench) -> None:
+    worker = bench.spawn(spec={"recycle": RecycleLimits(age_s=0.1)}).wait_ready()
+    for _ in range(3):
+        worker.messages.clear()
+        worker.wait_for("READY")
+    assert all("X_SEGUE_RECYCLE" not in message for message in worker.messages)
+    worker.activate()
+    worker.wait_for("X_SEGUE_RECYCLE")
+    assert worker.stop() == 0
+
+
+def test_the_private_socket_serves_the_application_from_ready_to_the_end(bench: Bench) -> None:
+    path = bench.directory / "probe"
+    worker = bench.spawn(spec={"probe_path": str(path)}, limit_concurrency=50).wait_ready()
+    assert worker.status().probe == str(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    probe = bench.client(f"unix:{path}")
+    assert probe.ask("/state").text == "1 1 False False False"  # staged: not activated
+    worker.activate()
+    assert probe.ask("/echo", b"body").text == "POST /echo body"
+    public = bench.client()
+    assert public.ask("/hello").status == 200
+    status = worker.status()
+    assert (status.connections, status.requests_total) == (1, 1)  # what is private does not count
+    public.close()
+    worker.hand_over()  # nor does it keep the worker from being drained
+    assert probe.ask("/state").text == "1 1 True True False"
+    assert worker.command("park?for=60").mode == "parked"
+    assert probe.ask("/hello").status == 200
+    worker.command("drain/stop")
+    probe.send(b"GET /stream HTTP/1.1\r\nHost: test\r\n\r\n")
+    assert probe.file.readline().startswith(b"HTTP/1.1 200")  # it has begun
+    worker.command("stop?timeout=5")
+    assert probe.file.read().endswith(b"3\r\nend\r\n0\r\n\r\n")  # and comes to its end
+    assert worker.wait() == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("http", "loop"), STACKS)
+def test_a_parked_worker_is_active_again_at_once(bench: Bench, http: str, loop: str) -> None:
+    old = bench.spawn(http=http, loop=loop).wait_ready().activate()
+    client = bench.client()
+    assert client.ask().headers["x-pid"] == str(old.pid)
+    new = bench.spawn(http=http, loop=loop).wait_ready().activate()
+    old.hand_over()
+    assert old.command("park?for=60").mode == "parked"
+    old.messages.clear()
+    old.wait_for("WATCHDOG")  # it only lives
+    assert old.messages[-1]["X_SEGUE_STATE"] == "parked"
+    assert client.ask().headers["x-pid"] == str(new.pid)
+    begun = time.monotonic()
+    old.activate()
+    new.hand_over()
+    assert client.ask().headers["x-pid"] == str(old.pid)
+    assert time.monotonic() - begun < 5  # that it is milliseconds is measured by the bench
+    assert client.ask("/state").text == "1 1 False False True"
+    for worker in (old, new):
+        assert worker.stop() == 0
+
+
+def test_only_a_drained_worker_can_be_parked(bench: Bench) -> None:
+    worker = bench.spawn().wait_ready().activate()
+    status, problem = worker.call("POST", f"{HOT}/park?for=60")
+    assert (status, problem["mode"]) == (409, "active")
+    worker.hand_over()
+    assert worker.command("park?for=60").mode == "parked"
+    assert worker.command("drain/stop").mode == "active"
+    assert worker.stop() == 0
+
+
+def test_a_parked_worker_outlives_its_master_for_its_time_only(bench: Bench) -> None:
+    worker = bench.spawn().wait_ready().activate()
+    worker.hand_over()
+    worker.command("park?for=1")
+    bench.lose_master()
+    assert worker.wait() == 0
 
 
 @pytest.mark.parametrize("http", ["httptools", "h11"])

@@ -255,8 +255,8 @@ class Bench:
                     worker.messages.append(message.fields)
         return True
 
-    def client(self) -> Client:
-        client = Client(self.info.address)
+    def client(self, address: str = "") -> Client:
+        client = Client(address or self.info.address)
         self._clients.append(client)
         return client
 

@@ -99,12 +99,10 @@ def _run(
     from segue.worker.services.host import Host, enter
     from segue.worker.services.hosted import Hosted
     from segue.worker.services.options import Place
-    from segue.worker.worker import Worker, recycle_limit
+    from segue.worker.worker import Worker
 
-    options = dict(spec.uvicorn)
-    limit = recycle_limit(
-        options.pop("limit_max_requests", None), options.pop("limit_max_requests_jitter", 0)
-    )
+    # carried out by `segue.worker.recycling`
+    options = {key: value for key, value in spec.uvicorn.items() if not key.startswith("limit_max_requests")}
     if options.get("use_colors") is None and on_terminal:
         options["use_colors"] = True
     # where the built-in application keeps what must last: one place for each instance
@@ -116,7 +114,7 @@ def _run(
     loop_factory = _explained("the event loop can't be made", config.get_loop_factory)
 
     async def run() -> int:
-        return await Worker(spec, config, fds, telling, adoption, limit, ready, services).run()
+        return await Worker(spec, config, fds, telling, adoption, ready, services).run()
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(run())

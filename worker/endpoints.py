@@ -14,7 +14,8 @@ from segue.worker.services.hosted import Hosted
 
 OPERATOR_MODES = ("reject", "queue")
 HANDOVER = "handover"
-_MAX_TIMEOUT_S = 7 * 86400.0
+_MAX_TIMEOUT_S = 366 * 86400.0
+_LEAVING = frozenset({WorkerMode.QUIET, WorkerMode.DRAINING, WorkerMode.DRAINED, WorkerMode.PARKED})
 _SERVICES_TIMEOUT_S = 10.0
 
 
@@ -46,6 +47,9 @@ class Commands(Protocol):
 
     def drain(self, listeners: frozenset[str] | None, timeout_s: float | None) -> None:
         """Give away or finish what there is."""
+
+    def park(self, seconds: float) -> None:
+        """Stay, drained, for the case that its generation is taken back."""
 
     def stop(self, timeout_s: float | None) -> None:
         """End."""
@@ -103,9 +107,12 @@ def handler(worker: Commands) -> Handler:
             return problem(400, f"drain/stop takes ?mode=handover or operator, not {mode!r}")
         if mode in {None, "operator"}:
             worker.operator_drain = None
-        handing_over = worker.mode in {WorkerMode.QUIET, WorkerMode.DRAINING, WorkerMode.DRAINED}
-        if mode in {None, HANDOVER} and handing_over:
+        if mode in {None, HANDOVER} and worker.mode in _LEAVING:
             worker.activate()
+        return json_response(worker.status())
+
+    async def park(request: Request) -> Response:
+        worker.park(_seconds(request, "for") or 0.0)
         return json_response(worker.status())
 
     async def services_activate(request: Request) -> Response:
@@ -144,6 +151,7 @@ def handler(worker: Commands) -> Handler:
         ("POST", f"{HOT}/activate"): _command(worker, activate),
         ("POST", f"{HOT}/drain/start"): _command(worker, drain_start),
         ("POST", f"{HOT}/drain/stop"): _command(worker, drain_stop),
+        ("POST", f"{HOT}/park"): _command(worker, park),
         ("POST", f"{HOT}/stop"): _command(worker, stop),
         ("POST", f"{HOT}/services/activate"): _command(worker, services_activate),
         ("POST", f"{HOT}/services/deactivate"): _command(worker, services_deactivate),
@@ -181,13 +189,17 @@ def _command(worker: Commands, do: Callable[[Request], Awaitable[Response]]) -> 
 
 
 def _timeout(request: Request) -> float | None:
-    text = request.query.get("timeout")
+    return _seconds(request, "timeout")
+
+
+def _seconds(request: Request, key: str) -> float | None:
+    text = request.query.get(key)
     if text is None:
         return None
     try:
-        timeout_s = float(text)
+        seconds = float(text)
     except ValueError:
-        timeout_s = -1.0
-    if not 0 <= timeout_s <= _MAX_TIMEOUT_S:
-        raise ValueError(f"timeout takes seconds from 0 to {_MAX_TIMEOUT_S:g}, not {text!r}")
-    return timeout_s
+        seconds = -1.0
+    if not 0 <= seconds <= _MAX_TIMEOUT_S:
+        raise ValueError(f"{key} takes seconds from 0 to {_MAX_TIMEOUT_S:g}, not {text!r}")
+    return seconds

@@ -1,7 +1,7 @@
 """What a worker tells its master, unasked: datagrams that may be lost, so what matters is repeated.
 
-READY is repeated until a first command shows that it was heard, DRAINED until the next command; afterwards each
-heartbeat proves that the event loop turns.
+READY is repeated until a first command shows that it was heard, DRAINED until the next command, less often when they have
+been for a while (a staged worker gets no command for hours); afterwards each heartbeat proves that the event loop turns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from segue.handoff.messages import NotifyKey, WorkerMode, WorkerPhase
 from segue.handoff.notify import Notifier
 
 _REPEAT_S = 1.0
+_REPEATS = 10
+"""So often in a row; then with the heartbeats."""
 _FAILURE_TRIES = 50
 _FAILURE_PAUSE_S = 0.02
 
@@ -25,6 +27,7 @@ class Telling:
         self._heartbeat_s = heartbeat_s
         self._mode = WorkerMode.BOOTING
         self._unconfirmed = True
+        self._repeated = 0
         self.handover_s: float | None = None
         """How long the services, if there are any, may take to hand over."""
         self._recycle: str | None = None
@@ -51,7 +54,7 @@ class Telling:
     def mode(self, mode: WorkerMode) -> None:
         """The worker is in another mode; repeated until the next command where it matters."""
         self._mode = mode
-        self._unconfirmed = mode in {WorkerMode.READY, WorkerMode.DRAINED}
+        self._unconfirmed, self._repeated = mode in {WorkerMode.READY, WorkerMode.DRAINED}, 0
         self._beat()
 
     def confirmed(self) -> None:
@@ -85,5 +88,7 @@ class Telling:
         if self._recycle is not None:
             fields[NotifyKey.RECYCLE] = self._recycle
         self._notifier.send(fields)
-        interval = min(_REPEAT_S, self._heartbeat_s) if self._unconfirmed else self._heartbeat_s
+        repeats = self._unconfirmed and self._repeated < _REPEATS
+        self._repeated += repeats
+        interval = min(_REPEAT_S, self._heartbeat_s) if repeats else self._heartbeat_s
         self._timer = asyncio.get_running_loop().call_later(interval, self._beat)

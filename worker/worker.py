@@ -1,8 +1,8 @@
 """One worker: its modes, and what takes it from one to another.
 
-`booting → ready → active ⇄ quiet ⇄ draining → drained → stopping`, and back to active from every mode between ready
-and stopping. A worker decides nothing of this itself, except when its master is gone: then one that waits ends, one
-that drains finishes and ends, and one that serves goes on serving.
+`booting → ready → active ⇄ quiet ⇄ draining → drained → parked → stopping`, and back to active from every mode between
+ready and stopping. A worker decides nothing of this itself, except when its master is gone: then one that waits ends, one
+that drains finishes and ends, one that is parked ends when its time is over, and one that serves goes on serving.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import logging
 import os
-import random
 import signal
 import socket
 import time
@@ -31,6 +30,8 @@ from segue.worker.events import Stage, WorkerInfo
 from segue.worker.gate import gate
 from segue.worker.intake import Intake, PublicListener
 from segue.worker.lifespan import Lifespan, StartFailed
+from segue.worker.probe import Probe
+from segue.worker.recycling import Recycling
 from segue.worker.services.hosted import Hosted
 from segue.worker.telling import Telling
 from segue.worker.uvicorn_internals import (
@@ -74,7 +75,6 @@ class Worker:
         fds: Mapping[str, int],
         telling: Telling,
         adoption: Adoption,
-        limit_max_requests: int | None,
         on_ready: Callable[[], Awaitable[None]],
         services: Hosted,
     ) -> None:
@@ -86,13 +86,14 @@ class Worker:
         self._spec = spec
         self._config = config
         self._telling = telling
-        self._limit_max_requests = limit_max_requests
+        self._recycling = Recycling(spec.recycle)
         self._on_ready = on_ready
         self._loop = asyncio.get_running_loop()
         self._since = time.time()
         self._cpu = usage.CpuMeter()
         self._lifespan = Lifespan(config)
         self._http = Http(config, self._lifespan.state, self._loop)
+        self._probe = Probe(Http(config, self._lifespan.state, self._loop), spec.probe_path, self._loop)
         self._lifespan.state["segue"] = WorkerInfo(spec.generation, spec.worker)
         config.loaded_app = public.wrap(
             config.loaded_app,
@@ -120,6 +121,8 @@ class Worker:
             self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s
         )
         self._master_gone = False
+        self._parked_until = 0.0
+        self._park_end: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
         self._stop_timeout_s = spec.stop_timeout_s
         self._exit = EXIT_OK
@@ -204,16 +207,19 @@ class Worker:
                 "are in use; raise the hard limit ('ulimit -Hn', LimitNOFILE=)"
             )
         if not self._spec.check_only:
+            await self._probe.open()
             await self._on_ready()
+            self._recycling.begin()
             self._telling.handover_s = self.services.handover_s
             self._set_mode(WorkerMode.READY)
 
     def _tick(self) -> None:
         self._ticker = self._loop.call_later(_TICK_S, self._tick)
         self._http.refresh_headers()
-        limit = self._limit_max_requests
-        if limit is not None and self._http.state.total_requests >= limit:
-            self._telling.ask_to_recycle("limit_max_requests")
+        self._probe.http.refresh_headers()
+        why = self._recycling.due(self._http.state.total_requests) if self.mode is WorkerMode.ACTIVE else None
+        if why is not None:
+            self._telling.ask_to_recycle(why)
 
     def _set_mode(self, mode: WorkerMode) -> None:
         if mode is not self.mode:
@@ -247,12 +253,16 @@ class Worker:
             self.drain(None, self._stop_timeout_s)
         elif self.mode is WorkerMode.DRAINED:
             self.stop(None)
+        elif self.mode is WorkerMode.PARKED:
+            left = max(0.0, self._parked_until - self._loop.time())
+            self._park_end = self._loop.call_later(left, self.stop, None)
 
     def take_lifeline(self, fd: int) -> None:
         """Another master's life is watched from now on."""
         self._loop.remove_reader(self._lifeline)
         os.close(self._lifeline)
         self._lifeline, self._master_gone = fd, False
+        self._stay()
         self._loop.add_reader(fd, self._on_lifeline)
 
     # Commands
@@ -265,6 +275,7 @@ class Worker:
         """Accept and adopt connections, whatever was being drained; `alone`: no other worker will."""
         self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
         self._intake.alone = alone
+        self._stay()
         self._drain.stop()
         self._intake.open()
         Stage.activate()
@@ -273,7 +284,7 @@ class Worker:
     def quiet(self) -> None:
         """Accept and adopt nothing, and send nothing away."""
         self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
-        if self.mode in {WorkerMode.DRAINING, WorkerMode.DRAINED}:
+        if self.mode in {WorkerMode.DRAINING, WorkerMode.DRAINED, WorkerMode.PARKED}:
             return  # quiet already
         self._intake.close()
         Stage.hand_over()
@@ -286,6 +297,19 @@ class Worker:
         Stage.drain()
         self._set_mode(WorkerMode.DRAINING)
         self._drain.start(listeners, timeout_s, self._drained)
+
+    def park(self, seconds: float) -> None:
+        """Stay as it is, with nothing to do: its generation may be taken back. Without a master, for `seconds`."""
+        if self.mode not in {WorkerMode.DRAINED, WorkerMode.PARKED}:
+            raise self._refusal()
+        self._parked_until = self._loop.time() + seconds
+        self._set_mode(WorkerMode.PARKED)
+
+    def _stay(self) -> None:
+        """There is somebody again who says when it ends."""
+        if self._park_end is not None:
+            self._park_end.cancel()
+            self._park_end = None
 
     def _drained(self) -> None:
         self._set_mode(WorkerMode.DRAINED)
@@ -302,6 +326,8 @@ class Worker:
         if self.mode is not WorkerMode.BOOTING:
             self._intake.close()
             self._drain.stop()
+        self._stay()
+        self._probe.close()
         Stage.drain()
         gate.shut()
         self._set_mode(WorkerMode.STOPPING)
@@ -309,7 +335,10 @@ class Worker:
 
     def _refuse_in(self, *modes: WorkerMode) -> None:
         if self.mode in modes:
-            raise Refused(f"worker {self._spec.worker} of generation {self._spec.generation} is {self.mode}")
+            raise self._refusal()
+
+    def _refusal(self) -> Refused:
+        return Refused(f"worker {self._spec.worker} of generation {self._spec.generation} is {self.mode}")
 
     def status(self) -> WorkerStatus:
         """Everything that can be said of this worker now."""
@@ -334,6 +363,7 @@ class Worker:
             cpu_percent=self._cpu.percent(),
             since=self._since,
             listeners=self._intake.addresses,
+            probe=self._probe.path,
             queue={
                 "waiting": gate.waiting,
                 "queued_total": gate.queued_total,
@@ -347,18 +377,18 @@ class Worker:
 
     async def _shut_down(self) -> int:
         deadline = self._loop.time() + self._stop_timeout_s
-        http, clean = self._http, True
+        clean = True
         told: dict[Protocol, float] = {}
-        for connection in list(http.state.connections):
+        for http, connection in self._all_connections():
             if http.is_websocket(connection):
                 shut_down(connection)
             else:
                 http.announce_close(connection)
         first = True
-        while not self._drain.is_empty and self._loop.time() < deadline:
+        while not self._is_empty and self._loop.time() < deadline:
             # a request that is in the socket already is read in the first pause, and still answered
             await asyncio.sleep(min(_STOP_SWEEP_S, max(0.0, deadline - self._loop.time())))
-            for connection in list(http.state.connections):
+            for http, connection in self._all_connections():
                 if http.is_websocket(connection):
                     shut_down(connection)
                 elif is_busy(connection):
@@ -372,26 +402,30 @@ class Worker:
                     if self._loop.time() - parted > _LINGER_S and not is_unsent(connection):
                         close(connection, abort=True)  # TLS waits half a minute for the other side's farewell
             first = False
-        if not self._drain.is_empty:
-            _log.warning(
-                "event=stop-timeout connections=%d tasks=%d timeout_s=%g",
-                len(http.state.connections),
-                len(http.state.tasks),
-                self._stop_timeout_s,
-            )
-            await cut(http)
+        if not self._is_empty:
+            for http in (self._http, self._probe.http):
+                _log.warning(
+                    "event=stop-timeout connections=%d tasks=%d timeout_s=%g private=%d",
+                    len(http.state.connections),
+                    len(http.state.tasks),
+                    self._stop_timeout_s,
+                    http is self._probe.http,
+                )
+                await cut(http)
             clean = False
         remaining = max(_SHUTDOWN_S, deadline - self._loop.time())
         self._arm_hard_end(remaining)
         clean = await self._lifespan.shutdown(remaining) and clean
         return self._exit or (EXIT_OK if clean else EXIT_CUT)
 
+    @property
+    def _is_empty(self) -> bool:
+        return self._drain.is_empty and self._probe.is_empty
+
+    def _all_connections(self) -> list[tuple[Http, Protocol]]:
+        return [(http, each) for http in (self._http, self._probe.http) for each in http.state.connections]
+
     @staticmethod
     def _arm_hard_end(timeout_s: float) -> None:
         """End the process with status 1 and all its stacks, should it hang: needs neither the loop nor the GIL."""
         faulthandler.dump_traceback_later(timeout_s + _HARD_EXTRA_S, exit=True, file=2)
-
-
-def recycle_limit(maximum: int | None, jitter: int) -> int | None:
-    """After how many requests this worker asks to be replaced, as uvicorn picks it."""
-    return None if maximum is None else maximum + random.randint(0, jitter)  # noqa: S311 - spreads restarts
