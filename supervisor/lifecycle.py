@@ -94,6 +94,8 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.Quieted, quieting=reports.quieted),
     **_row(m.HandingOver, draining=reports.handing_over),
     **_row(m.WorkerDrained, draining=reports.drained),
+    **_row(m.Parked),
+    **_row(m.ResponsesCounted),
     **_row(m.StopTaken, stopping=reports.stop_taken),
     **_row(m.DrainTold, **dict.fromkeys(_CALLED, reports.drain_told)),
     **_row(m.SwapPrepared, **dict.fromkeys(_CALLED, swaps.prepared)),

@@ -21,7 +21,7 @@ def reload_asked(turn: Turn, event: m.ReloadAsked) -> None:
     if turn.state.stopping is not None:
         turn.settle(event.operation, ok=False, reason=STOPPING_CAUSE)
     elif turn.state.change is not None or turn.state.swap is not None:
-        turn.state.queued += (event.operation,)
+        turn.state.queued += (event,)
         turn.effects.append(m.Progress((event.operation,), "queued"))
     else:
         start_change(turn, (event.operation,))
@@ -121,8 +121,8 @@ def start_queued(turn: Turn) -> None:
     if turn.state.stopping is not None or turn.state.change is not None or turn.state.swap is not None:
         return
     if turn.state.queued:
-        operations, turn.state.queued = turn.state.queued, ()
-        start_change(turn, operations)
+        queued, turn.state.queued = turn.state.queued, ()
+        start_change(turn, tuple(event.operation for event in queued))
 
 
 def recover_if_lost(turn: Turn) -> None:
@@ -258,8 +258,8 @@ def stop_asked(turn: Turn, event: m.StopAsked) -> None:
 def _refuse_waiting(turn: Turn, reason: str) -> None:
     """A stop has come: everybody who waits for something else gets the answer now."""
     queued, turn.state.queued = turn.state.queued, ()
-    for operation in queued:
-        turn.settle(operation, ok=False, reason=reason)
+    for event in queued:
+        turn.settle(event.operation, ok=False, reason=reason)
     staffing.end_scaling(turn, ok=False, reason=reason)
     staffing.refuse_queued(turn, reason)
     swaps.refuse_all(turn, reason)
