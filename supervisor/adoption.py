@@ -15,10 +15,19 @@ from collections.abc import Mapping
 import msgspec
 
 from segue.handoff.messages import WorkerMode
-from segue.supervisor import memory, staffing, succession, swaps
+from segue.supervisor import memory, promotion, staffing, swaps
 from segue.supervisor import model as m
 from segue.supervisor.finding import Found, FoundWorker, by_generation
-from segue.supervisor.model import GenerationState, ServicesState, State, Verb, WorkerState
+from segue.supervisor.model import (
+    GenerationState,
+    PromoteKind,
+    PromotePhase,
+    ServicesState,
+    State,
+    Strategy,
+    Verb,
+    WorkerState,
+)
 from segue.supervisor.turn import SLACK_S, Turn
 
 INTERRUPTED = "the master ended before it was done"
@@ -193,8 +202,15 @@ def _conclude_promote(
     written = known.generations.get(generation.id)
     target = written.target if written is not None else len(workers)
     modes = [found.told.mode for found in workers if found.told is not None]
-    generation.state = GenerationState.STAGED
-    turn.state.change = m.Change(generation.id, ())
+    generation.state = GenerationState.ACTIVATING
+    turn.state.promote = m.Promote(
+        generation.id,
+        turn.state.current,
+        PromoteKind.RELOAD,
+        PromotePhase.ACTIVATE,
+        Strategy.SURGE,
+        asof=turn.now,
+    )
     finish = len(modes) == len(workers) >= target and all(mode in _SERVING for mode in modes)
     for found in workers:
         worker = generation.workers[found.key[1]]
@@ -208,12 +224,11 @@ def _conclude_promote(
         elif mode is not None and mode is not WorkerMode.BOOTING:
             _end(turn, generation, worker, mode)
     if not finish:
-        succession.fail(turn, generation, INTERRUPTED)
+        promotion.fail(turn, generation, INTERRUPTED)
         return "undone"
     for worker in generation.having(frozenset({WorkerState.READY})):
         turn.activate(generation, worker)
-    if all(worker.state is WorkerState.ACTIVE for worker in generation.workers.values()):
-        succession.promote(turn, generation)
+    promotion.check(turn)
     return "finished"
 
 

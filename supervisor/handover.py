@@ -25,6 +25,10 @@ def check(turn: Turn) -> None:
         for worker in generation.workers.values():
             if worker.handover is not None and not _keeps(turn.state, generation, worker):
                 _give_up(turn, generation, worker)
+            if worker.blocks_until is not None and (
+                worker.services is ServicesState.IDLE or worker.blocks_until <= turn.now
+            ):
+                worker.blocks_until = None
     if turn.state.current is not None:
         _take_over(turn, turn.state.generations[turn.state.current])
 
@@ -51,6 +55,8 @@ def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
 def deactivated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
     """The answer to `services deactivate`: only this says for certain that a living worker has given up."""
     assert isinstance(event, m.ServicesDeactivated)
+    if worker.services is not ServicesState.DEACTIVATING:
+        return
     worker.services_due = None
     if event.error:
         _failed(turn, generation, worker, event.error)
@@ -59,7 +65,7 @@ def deactivated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m
     turn.say("info", "services-idle", generation, worker)
 
 
-_TOLD = frozenset({WorkerState.ACTIVE}) | m.LEAVING
+_TOLD = frozenset({WorkerState.ACTIVE}) | m.RETURNING
 """Who is told of its services: one that hangs doesn't hear, and one that stops gives up by itself."""
 
 
@@ -77,10 +83,6 @@ def _give_up(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
             turn.deactivate_services(generation, worker)
     elif told and worker.services_retry is not None and worker.services_retry <= turn.now:
         turn.deactivate_services(generation, worker)
-    if worker.blocks_until is not None and (
-        worker.services is ServicesState.IDLE or worker.blocks_until <= turn.now
-    ):
-        worker.blocks_until = None
 
 
 def _take_over(turn: Turn, current: m.Generation) -> None:

@@ -9,16 +9,28 @@ late is named as such.
 Rejected: objects that carry out their own transitions (orders can't be tested without processes), and coroutines
 per generation (their state hides in stack frames, which nobody can list, copy or compare).
 
-`turn` is one step and what can be told to a worker; `staffing` keeps the current generation at its number; `succession`
-makes generations follow on one another; `swaps` replaces one service in all workers; `handover` says whose services
-take work; `reports` is what workers say, and `overdue` what they, or others, don't.
+`turn` is one step and what can be told to a worker; `succession` brings generations up, `promotion` makes one the
+current one, `staffing` keeps that at its number, and `retirement` is what becomes of the old ones; `swaps` replaces one
+service in all workers, `handover` says whose services take work; `stopping` ends it all. `reports` is what workers say, and
+`overdue` what they, or others, don't.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from segue.supervisor import handover, overdue, reports, staffing, succession, swaps
+from segue.supervisor import (
+    handover,
+    operator_drain,
+    overdue,
+    promotion,
+    reports,
+    retirement,
+    staffing,
+    stopping,
+    succession,
+    swaps,
+)
 from segue.supervisor import model as m
 from segue.supervisor.model import State, WorkerState
 from segue.supervisor.overdue import next_deadline
@@ -44,15 +56,17 @@ def _handle(turn: Turn, event: m.Event) -> None:
 
 
 def _conclude(turn: Turn) -> None:
-    """What may have come to its end by what happened, whatever that was."""
-    succession.check_drain_change(turn)
+    """What may have come to its end, or to its next step, by what happened, whatever that was."""
+    operator_drain.check(turn)
     swaps.check(turn)
+    succession.check(turn)
+    promotion.check(turn)
+    retirement.check(turn)
+    stopping.check(turn)
     staffing.admit(turn)
     staffing.check_scaling(turn)
-    state = turn.state
     succession.recover_if_due(turn)
-    if state.current is not None and state.generations[state.current].wanted <= 0:
-        succession.recover_if_lost(turn)
+    succession.recover_if_lost(turn)
     succession.start_queued(turn)
     staffing.scale_queued(turn)
     swaps.start_next(turn)
@@ -74,8 +88,12 @@ def _worker_event(turn: Turn, event: m.WorkerEvent) -> None:
 _Handler = Callable[[Turn, m.Generation, m.Worker, m.WorkerEvent], None]
 
 
-_CALLED = ("activating", "active", "hung", "quieting", "quiet", "draining")
+_CALLED = ("activating", "active", "hung", "quieting", "quiet", "draining", "parked")
 """Where a worker may have been told something about a drain or a swap."""
+
+
+_ONCE_CALLED = (*_CALLED, "stopping", "killed")
+"""Where the answer to that may still come."""
 
 
 def _row(
@@ -91,32 +109,18 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.WorkerBeat, hung=reports.woke_up, draining=reports.hand_over_again),
     **_row(m.WorkerAsks, active=reports.asks),
     **_row(m.Activated, activating=reports.activated),
-    **_row(m.Quieted, quieting=reports.quieted),
+    **_row(m.Quieted, **dict.fromkeys(_ONCE_CALLED, reports.quieted_earlier) | {"quieting": reports.quieted}),
     **_row(m.HandingOver, draining=reports.handing_over),
     **_row(m.WorkerDrained, draining=reports.drained),
-    **_row(m.Parked),
+    **_row(m.Parked, parked=reports.parked),
     **_row(m.ResponsesCounted),
     **_row(m.StopTaken, stopping=reports.stop_taken),
     **_row(m.DrainTold, **dict.fromkeys(_CALLED, reports.drain_told)),
     **_row(m.SwapPrepared, **dict.fromkeys(_CALLED, swaps.prepared)),
     **_row(m.SwapCommitted, **dict.fromkeys(_CALLED, swaps.committed)),
     **_row(m.SwapAborted, **dict.fromkeys(_CALLED, swaps.aborted)),
-    **_row(
-        m.ServicesActivated,
-        active=handover.activated,
-        hung=handover.activated,
-        quieting=handover.activated,
-        quiet=handover.activated,
-        draining=handover.activated,
-    ),
-    **_row(
-        m.ServicesDeactivated,
-        quieting=handover.deactivated,
-        quiet=handover.deactivated,
-        draining=handover.deactivated,
-        stopping=handover.deactivated,
-        killed=handover.deactivated,
-    ),
+    **_row(m.ServicesActivated, **dict.fromkeys(_CALLED, handover.activated)),
+    **_row(m.ServicesDeactivated, **dict.fromkeys(_ONCE_CALLED, handover.deactivated)),
     **_row(
         m.WorkerExited,
         booting=reports.boot_failed,
@@ -127,6 +131,7 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
         quieting=reports.ended,
         quiet=reports.ended,
         draining=reports.ended,
+        parked=reports.ended,
         stopping=reports.ended,
         killed=reports.ended,
     ),
@@ -141,10 +146,14 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
 
 _EVENTS: dict[type[m.Event], Callable[[Turn, m.Event], None]] = {
     m.ReloadAsked: succession.reload_asked,  # type: ignore[dict-item]
+    m.StageAsked: succession.stage_asked,  # type: ignore[dict-item]
+    m.PromoteAsked: promotion.asked,  # type: ignore[dict-item]
+    m.RollbackAsked: promotion.rollback_asked,  # type: ignore[dict-item]
+    m.DiscardAsked: succession.discard_asked,  # type: ignore[dict-item]
     m.ScaleAsked: staffing.scale_asked,  # type: ignore[dict-item]
-    m.DrainAsked: succession.drain_asked,  # type: ignore[dict-item]
+    m.DrainAsked: operator_drain.asked,  # type: ignore[dict-item]
     m.SwapAsked: swaps.asked,  # type: ignore[dict-item]
-    m.StopAsked: succession.stop_asked,  # type: ignore[dict-item]
+    m.StopAsked: stopping.asked,  # type: ignore[dict-item]
     m.Prepared: succession.prepared,  # type: ignore[dict-item]
     m.PrepareFailed: succession.prepare_failed,  # type: ignore[dict-item]
     m.Paused: overdue.paused,  # type: ignore[dict-item]

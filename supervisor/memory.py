@@ -17,7 +17,7 @@ from segue.handoff.adoption import start_time
 from segue.handoff.listeners import Listener
 from segue.handoff.messages import ListenerInfo, ServiceRecord
 from segue.supervisor import settings as config
-from segue.supervisor.model import GenerationState, State, WorkerState
+from segue.supervisor.model import State, WorkerState
 from segue.supervisor.snapshot import Snapshot
 
 _T = TypeVar("_T")
@@ -186,10 +186,10 @@ class Writer:
 
     def _promote_of(self, state: State) -> Promote | None:
         """Written with the step that tells the first worker to activate, before it is told."""
-        for generation in state.generations.values():
-            if generation.state is GenerationState.STAGED and generation.having(_TAKES_WORK):
-                self._promote = Promote(self._instance.epoch, state.current, generation.id)
-                return self._promote
+        promote = state.promote
+        if promote is not None and state.generations[promote.generation].having(_TAKES_WORK):
+            self._promote = Promote(self._instance.epoch, promote.previous, promote.generation)
+            return self._promote
         last = self._promote
         if last is not None and not last.committed:
             done = state.current == last.generation

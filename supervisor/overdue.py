@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from segue.supervisor import handover, reports, staffing, succession
+from segue.supervisor import handover, promotion, reports, retirement, staffing, stopping
 from segue.supervisor import model as m
-from segue.supervisor.model import GenerationState, State, WorkerState
+from segue.supervisor.model import State, WorkerState
 from segue.supervisor.succession import PREPARE_TIMEOUT_S
 from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
 PAUSE_GRACE_S = 5.0
 """What is left of a deadline at least after the master stood still, for whatever stood still with it."""
-_WATCHED = frozenset({WorkerState.READY, WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState.QUIET})
+_WATCHED = frozenset(
+    {WorkerState.READY, WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState.QUIET, WorkerState.PARKED}
+)
 """Where silence longer than the heartbeat timeout means a hung event loop. Elsewhere a deadline is running."""
 
 
@@ -19,7 +21,7 @@ def next_deadline(state: State) -> float | None:
     times = [state.stopping.deadline if state.stopping else None]
     times.append(state.swap.deadline if state.swap is not None else state.recover_at)
     for generation in state.generations.values():
-        times.append(generation.deadline)
+        times += [generation.deadline, retirement.next_deadline(state, generation)]
         times.extend(generation.respawn_at)
         for worker in generation.workers.values():
             times += [worker.deadline, handover.next_deadline(worker)]
@@ -41,6 +43,10 @@ def paused(turn: Turn, event: m.Paused) -> None:
     for generation in turn.state.generations.values():
         if generation.deadline is not None:
             generation.deadline = max(generation.deadline + shift, turn.now + PAUSE_GRACE_S)
+        if generation.warm_until is not None:
+            generation.warm_until += shift
+        if generation.kept_until is not None:
+            generation.kept_until += shift
         generation.respawn_at = [time + shift for time in generation.respawn_at]
         for worker in generation.workers.values():
             worker.heard = turn.now
@@ -62,9 +68,9 @@ def _shift_services(worker: m.Worker, shift: float) -> None:
 
 def time_passed(turn: Turn, _event: m.TimePassed) -> None:
     """Everything whose time has come."""
-    stopping = turn.state.stopping
-    if stopping is not None and stopping.deadline is not None and stopping.deadline <= turn.now:
-        succession.begin_stop(turn, stopping.status)
+    stop = turn.state.stopping
+    if stop is not None and stop.deadline is not None and stop.deadline <= turn.now:
+        stopping.begin(turn, stop.status)
     for generation in list(turn.state.generations.values()):
         if generation.deadline is not None and generation.deadline <= turn.now:
             _generation_late(turn, generation)
@@ -82,11 +88,11 @@ def time_passed(turn: Turn, _event: m.TimePassed) -> None:
 def _generation_late(turn: Turn, generation: m.Generation) -> None:
     timeout = generation.limits.ready_timeout
     if not generation.workers:
-        succession.fail(turn, generation, f"its settings could not be read within {PREPARE_TIMEOUT_S:g} s")
+        promotion.fail(turn, generation, f"its settings could not be read within {PREPARE_TIMEOUT_S:g} s")
         return
     late = [worker for worker in generation.workers.values() if worker.state is WorkerState.BOOTING]
     places = ", ".join(f"worker {worker.id} is in {worker.phase}" for worker in late)
-    succession.fail(turn, generation, f"not ready within {timeout:g} s (ready-timeout): {places}")
+    promotion.fail(turn, generation, f"not ready within {timeout:g} s (ready-timeout): {places}")
 
 
 def _worker_late(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
@@ -106,17 +112,18 @@ def _worker_late(turn: Turn, generation: m.Generation, worker: m.Worker) -> None
     elif worker.state is WorkerState.ACTIVATING:  # an answer is on its way, if only that there was none
         reports.activated(turn, generation, worker, m.Activated(generation.id, worker.id, "no answer"))
     elif worker.state is WorkerState.QUIETING:
-        reports.quieted(turn, generation, worker, m.Quieted(generation.id, worker.id, "no answer"))
+        turn.say("warning", "worker-silent", generation, worker, reason="no answer")
+        reports.gone_quiet(turn, generation, worker)
 
 
 def _check_heartbeat(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
     if worker.heard + generation.limits.heartbeat_timeout > turn.now:
         return
     reason = f"its event loop has been silent for {turn.now - worker.heard:.1f} s"
-    if worker.state is WorkerState.ACTIVE and generation.state is GenerationState.ACTIVE:
+    if worker.state is WorkerState.ACTIVE and turn.serves(generation):
         worker.state = WorkerState.HUNG
         staffing.replace(turn, generation, worker, reason)
-    elif generation.state is GenerationState.STAGED or generation.state is GenerationState.BOOTING:
-        succession.fail(turn, generation, f"worker {worker.id}: {reason}")
+    elif reports.comes(turn, generation) and worker.state in {WorkerState.READY, WorkerState.ACTIVE}:
+        promotion.fail(turn, generation, f"worker {worker.id}: {reason}")
     else:
         turn.kill(generation, worker, reason)

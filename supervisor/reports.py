@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from segue.supervisor import model as m
-from segue.supervisor import staffing, succession
+from segue.supervisor import operator_drain, promotion, retirement, staffing
 from segue.supervisor.model import GenerationState, Verb, WorkerState
 from segue.supervisor.turn import COMMAND_TIMEOUT_S, SLACK_S, STOPPING_CAUSE, Turn
+
+_COMING = frozenset(
+    {GenerationState.BOOTING, GenerationState.STAGED, GenerationState.ACTIVATING, GenerationState.MIXED}
+)
+
+
+def comes(turn: Turn, generation: m.Generation) -> bool:
+    """Whether it is to serve one day, and what goes wrong with one of its workers goes wrong with all of it."""
+    promote = turn.state.promote
+    return generation.state in _COMING or (promote is not None and promote.generation == generation.id)
 
 
 def boot_phase(turn: Turn, _: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -15,14 +25,11 @@ def boot_phase(turn: Turn, _: m.Generation, worker: m.Worker, event: m.WorkerEve
 
 
 def became_ready(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
-    """It has started; what becomes of it is up to its generation. One of the current one is admitted in its turn."""
+    """It has started. `staffing.admit`, `succession.check` and `promotion.check` see to what becomes of it."""
     assert isinstance(event, m.WorkerReady)
     worker.state, worker.deadline, worker.handover = WorkerState.READY, None, event.handover
     turn.say("info", "worker-ready", generation, worker)
-    if generation.state is GenerationState.BOOTING:
-        if all(other.state is WorkerState.READY for other in generation.workers.values()):
-            succession.stage(turn, generation)
-    elif generation.id != turn.state.current:
+    if not (turn.serves(generation) or comes(turn, generation)):
         turn.terminate(generation, worker, "it is no longer needed")
 
 
@@ -31,16 +38,14 @@ def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
     assert isinstance(event, m.Activated)
     if event.error:
         reason = f"worker {worker.id} could not be activated: {event.error}"
-        if generation.state is GenerationState.STAGED:
-            succession.fail(turn, generation, reason)
+        if comes(turn, generation):
+            promotion.fail(turn, generation, reason)
         else:
             turn.kill(generation, worker, reason)
             staffing.start_failed(turn, generation, worker, reason)
         return
     worker.state, worker.deadline = WorkerState.ACTIVE, None
-    if generation.state is GenerationState.STAGED:
-        if all(other.state is WorkerState.ACTIVE for other in generation.workers.values()):
-            succession.promote(turn, generation)
+    if comes(turn, generation):
         return
     turn.say("info", "worker-active", generation, worker)
     generation.streak = 0
@@ -72,12 +77,24 @@ def asks(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Worker
 
 
 def quieted(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
-    """The answer to the first phase. Without one the second can't wait for ever."""
+    """The answer to the first phase; one to an earlier first phase says nothing about this one."""
     assert isinstance(event, m.Quieted)
     if event.error:
         turn.say("warning", "worker-silent", generation, worker, reason=event.error)
+    worker.quiets_unanswered -= 1
+    if not worker.quiets_unanswered:
+        gone_quiet(turn, generation, worker)
+
+
+def gone_quiet(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
+    """It accepts no more, or is taken for one that doesn't: the second phase can't wait for ever."""
     worker.state, worker.deadline = WorkerState.QUIET, None
     turn.hand_over_if_quiet(generation)
+
+
+def quieted_earlier(_: Turn, __: m.Generation, worker: m.Worker, ___: m.WorkerEvent) -> None:
+    """The answer to the first phase of a handover that something else has come after."""
+    worker.quiets_unanswered -= 1
 
 
 def handing_over(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -90,7 +107,15 @@ def handing_over(turn: Turn, generation: m.Generation, worker: m.Worker, event: 
 
 def drained(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
     """Nothing is left in it."""
-    turn.stop_worker(generation, worker, generation.limits.stop_timeout)
+    retirement.drained(turn, generation, worker)
+
+
+def parked(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
+    """The answer to `park`: what can't be kept ends."""
+    assert isinstance(event, m.Parked)
+    if event.error:
+        turn.say("warning", "worker-not-parked", generation, worker, reason=event.error)
+        turn.dismiss(generation, worker, event.error)
 
 
 def stop_taken(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -113,9 +138,9 @@ def drain_told(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.
         return
     reason = f"worker {worker.id} of generation {generation.id} did not take the drain mode: {event.error}"
     if change is not None and (generation.id, worker.id) in change.pending:
-        succession.end_drain_change(turn, ok=False, reason=reason)
-    if generation.state is GenerationState.STAGED:
-        succession.fail(turn, generation, reason)
+        operator_drain.end(turn, ok=False, reason=reason)
+    if comes(turn, generation) and worker.state in m.TAKING_PART:
+        promotion.fail(turn, generation, reason)
     elif worker.state is WorkerState.ACTIVATING:
         turn.kill(generation, worker, reason)
         staffing.start_failed(turn, generation, worker, reason)
@@ -127,12 +152,11 @@ def boot_failed(turn: Turn, generation: m.Generation, worker: m.Worker, event: m
     """Death before it was active."""
     assert isinstance(event, m.WorkerExited)
     del generation.workers[worker.id]
-    if generation.state in {GenerationState.BOOTING, GenerationState.STAGED}:
-        succession.fail(turn, generation, f"worker {worker.id} {event.reason}", event.output)
-    elif generation.id == turn.state.current:
+    if comes(turn, generation):
+        promotion.fail(turn, generation, f"worker {worker.id} {event.reason}", event.output)
+    elif turn.serves(generation):
         turn.say("error", "worker-start-failed", generation, worker, reason=event.reason, output=event.output)
         staffing.start_failed(turn, generation, worker, f"worker {worker.id} {event.reason}", event.output)
-    succession.release_if_empty(turn, generation)
 
 
 def crashed(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -140,16 +164,15 @@ def crashed(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Wor
     assert isinstance(event, m.WorkerExited)
     del generation.workers[worker.id]
     turn.say("error", "worker-died", generation, worker, reason=event.reason, output=event.output)
-    if generation.state is GenerationState.STAGED:
-        succession.fail(turn, generation, f"worker {worker.id} {event.reason}", event.output)
-    elif generation.id == turn.state.current:
+    if comes(turn, generation):
+        promotion.fail(turn, generation, f"worker {worker.id} {event.reason}", event.output)
+    elif turn.serves(generation):
         replacement = next((o for o in generation.workers.values() if o.replaces == worker.id), None)
         if replacement is not None:
             replacement.replaces = None  # it is the respawn now
             staffing.replace_next(turn, generation)
         else:
             staffing.respawn_later(turn, generation)
-    succession.release_if_empty(turn, generation)
 
 
 def ended(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -163,7 +186,6 @@ def ended(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Worke
     turn.say(level, "worker-ended", generation, worker, reason=event.reason, cause=worker.cause)
     turn.hand_over_if_quiet(generation)
     staffing.fill(turn, generation)
-    succession.release_if_empty(turn, generation)
 
 
 def code_changed(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -173,6 +195,10 @@ def code_changed(turn: Turn, generation: m.Generation, worker: m.Worker, event: 
         turn.terminate(generation, worker, "its code is not its generation's")
     else:
         del generation.workers[worker.id]
+    if comes(turn, generation):
+        promotion.fail(turn, generation, event.what)
+    if not turn.serves(generation):
+        return
     reason = f"{event.what}; run a reload to move to the new code"
     if worker.replaces is not None:
         staffing.replace_later(turn, generation, worker, staffing.BACKOFF_CAP_S)
@@ -181,7 +207,6 @@ def code_changed(turn: Turn, generation: m.Generation, worker: m.Worker, event: 
     else:
         generation.missing += 1
     turn.say("warning", "generation-short", generation, worker, reason=reason, missing=generation.missing)
-    succession.recover_if_lost(turn)
 
 
 def never_started(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
@@ -189,7 +214,6 @@ def never_started(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.W
     if not worker.started:
         del generation.workers[worker.id]
         staffing.fill(turn, generation)
-        succession.release_if_empty(turn, generation)
 
 
 def ignored(turn: Turn, _: m.Generation, __: m.Worker, ___: m.WorkerEvent) -> None:

@@ -32,6 +32,8 @@ def admit(turn: Turn) -> None:
     if state.current is None or (state.swap is not None and not state.swap.decided):
         return
     current = state.generations[state.current]
+    if not turn.serves(current):
+        return
     for worker in current.having(frozenset({WorkerState.READY})):
         if worker.swaps_seen < state.swap_count:
             replaces, worker.replaces = worker.replaces, None
@@ -43,7 +45,7 @@ def admit(turn: Turn) -> None:
 
 def fill(turn: Turn, generation: m.Generation) -> None:
     """Bring the current generation to the number of workers that it shall have."""
-    if generation.id != turn.state.current or turn.state.ending:
+    if not turn.serves(generation) or turn.state.ending:
         return
     replacements = {worker.replaces: worker for worker in generation.workers.values()}
     staying = generation.having(m.SERVING | m.STARTING)
@@ -74,7 +76,7 @@ def replace(turn: Turn, generation: m.Generation, worker: m.Worker, why: str) ->
 
 def replace_next(turn: Turn, generation: m.Generation) -> None:
     """One at a time: the first that is to be replaced, and does not wait after a try that failed."""
-    if generation.id != turn.state.current or turn.state.ending:
+    if not turn.serves(generation) or turn.state.ending:
         return
     if any(other.replaces is not None for other in generation.workers.values()):
         return
@@ -117,7 +119,7 @@ def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
     refusal = ""
     if state.stopping is not None:
         refusal = STOPPING_CAUSE
-    elif state.change is not None or current is None:
+    elif state.changing or current is None:
         refusal = "a reload is running; try again when it has ended"
     elif state.scaling is not None and state.scaling.operation is not None:
         refusal = "the number of workers is being changed already"
@@ -136,7 +138,7 @@ def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
     if state.scaling is None:
         state.scaling = m.Scaling(event.operation, current.id, current.target, current.missing)
     state.scaling.operation = event.operation  # a nudge under way is overtaken; what it began at stays
-    current.target, current.missing = count, 0
+    current.target, current.missing, current.scaled_at = count, 0, turn.now
     fill(turn, current)
 
 
@@ -153,12 +155,7 @@ def _scale_after_swap(turn: Turn, event: m.ScaleAsked) -> None:
 def scale_queued(turn: Turn) -> None:
     """What was asked for while something else changed has its turn."""
     state = turn.state
-    if (
-        state.current is None
-        or state.stopping is not None
-        or state.swap is not None
-        or state.change is not None
-    ):
+    if state.current is None or state.stopping is not None or state.swap is not None or state.changing:
         return
     if state.scaling is None and state.scale_queued is not None:
         event, state.scale_queued = state.scale_queued, None

@@ -43,7 +43,6 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
         {
             GenerationState.ACTIVATING,
             GenerationState.MIXED,
-            GenerationState.ACTIVE,
             GenerationState.RETIRED,
             GenerationState.FAILED,
         }
@@ -233,6 +232,8 @@ class Generation:
     """So long it can be promoted again, if need be with workers that are started anew; None: it can't."""
     served_until: float = 0.0
     """When it ceased to be the current one."""
+    scaled_at: float = 0.0
+    """When its number of workers was last changed by hand."""
     ceded: int = 0
     """Places left to the other generation while one worker after the other is replaced."""
     drain_budget: float | None = None
@@ -257,6 +258,18 @@ class Generation:
         return self.target - self.missing - self.ceded
 
 
+class ChangePhase(enum.StrEnum):
+    """How far a change is."""
+
+    PREPARE = "prepare"
+    """Its settings are being read."""
+    CHECK = "check"
+    """It is being tried whether its code can be imported, before the old workers end (`Strategy.REPLACE`)."""
+    BOOT = "boot"
+    STAGED = "staged"
+    """It is ready and waits until something else is over."""
+
+
 @dataclass(slots=True)
 class Change:
     """A generation being brought up, to be staged or to be promoted as soon as it is ready; and who waits for it."""
@@ -270,8 +283,16 @@ class Change:
     """As asked for; None: as its settings say."""
     canary: int | None = None
     canary_for: float | None = None
-    checking: bool = False
-    """It is being tried whether its code can be imported at all."""
+    phase: ChangePhase = ChangePhase.PREPARE
+
+
+class PromoteKind(enum.StrEnum):
+    """What a promote is part of."""
+
+    RELOAD = "reload"
+    PROMOTE = "promote"
+    ROLLBACK = "rollback"
+    """Back to one that has served before: it isn't put on probation."""
 
 
 class PromotePhase(enum.StrEnum):
@@ -296,12 +317,13 @@ class Promote:
     generation: int
     previous: int | None
     """The current one, which it takes over from."""
-    operations: tuple[int, ...]
+    kind: PromoteKind
     phase: PromotePhase
     strategy: Strategy
+    asof: float
+    """Since when `generation` can't have been told of changes of the number of workers."""
+    operations: tuple[int, ...] = ()
     first: bool = False
-    back: bool = False
-    """To one that has served before: it isn't put on probation."""
     because: str = ""
     """Why segue itself goes back; empty: somebody asked."""
     until: float | None = None

@@ -57,7 +57,7 @@ def check(turn: Turn) -> None:
         else:
             _check_undecided(turn, swap)
     turn.state.swaps_told = [
-        swap for swap in turn.state.swaps_told if _owes(turn, swap, m.TAKING_PART | m.LEAVING)
+        swap for swap in turn.state.swaps_told if _owes(turn, swap, m.TAKING_PART | m.RETURNING)
     ]
 
 
@@ -156,7 +156,7 @@ def _may_start(turn: Turn) -> bool:
     state = turn.state
     if (
         not state.serving
-        or state.change is not None
+        or state.changing
         or state.queued
         or state.scaling is not None
         or state.scale_queued is not None
@@ -175,7 +175,7 @@ def _may_start(turn: Turn) -> bool:
 def _is_hopeless(turn: Turn) -> bool:
     """Nobody serves, and nobody is about to."""
     state = turn.state
-    if state.serving or state.change is not None:
+    if state.serving or state.changing:
         return False
     current = state.generations.get(state.current) if state.current is not None else None
     return current is None or not (current.respawn_at or current.having(m.STARTING))

@@ -21,6 +21,8 @@ TERM_GRACE_S = 5.0
 KILL_REPEAT_S = 2.0
 """A respawn may not have had a process yet when it was killed: while its code is compared."""
 STOPPING_CAUSE = "segue is stopping"
+BUSY = 423
+"""HTTP status of what is refused because something else is under way."""
 STARTING_IDLE = frozenset({WorkerState.BOOTING, WorkerState.READY})
 
 
@@ -31,6 +33,8 @@ class Turn:
         self.state = state
         self.now = now
         self.effects: list[m.Effect] = []
+        self.first_failed = False
+        """The first generation did not start: there is nothing to go on with."""
 
     def command(
         self,
@@ -61,6 +65,20 @@ class Turn:
         """Give an operation its one answer."""
         self.effects.append(m.Settle(operation, ok, reason, output, generation, code, details or {}, result))
 
+    def refused(self, operation: int) -> bool:
+        """Refuse what can't be begun, since segue stops or something else is under way; whether that was so."""
+        running = _running(self.state)
+        if self.state.stopping is not None:
+            self.settle(operation, ok=False, reason=STOPPING_CAUSE)
+        elif running is not None:
+            kind, generation, phase = running
+            reason = f"a {kind} is running (generation {generation}: {phase}); try again when it has ended"
+            details = {"running": {"kind": kind, "generation": generation, "phase": phase}}
+            self.settle(operation, ok=False, reason=reason, code=BUSY, details=details)
+        else:
+            return False
+        return True
+
     def say(
         self,
         level: str,
@@ -79,6 +97,10 @@ class Turn:
             m.Say(level, event, where | {key: value for key, value in fields.items() if value != ""})
         )
 
+    def serves(self, generation: m.Generation) -> bool:
+        """Whether it is the current one and does serve: not while it makes room for the next (`Strategy.REPLACE`)."""
+        return generation.id == self.state.current and generation.state is GenerationState.ACTIVE
+
     def move(self, generation: m.Generation, state: GenerationState) -> None:
         """Take a generation to its next state."""
         if state not in m.TRANSITIONS[generation.state]:
@@ -90,7 +112,7 @@ class Turn:
         number = generation.next_worker
         generation.next_worker += 1
         worker = m.Worker(number, WorkerState.BOOTING, deadline=None, heard=self.now, replaces=replaces)
-        if generation.id == self.state.current:
+        if self.serves(generation):
             worker.deadline = self.now + generation.limits.ready_timeout
         worker.drain_mode = self.state.drain_mode
         worker.swaps_seen = self.state.swap_count
@@ -99,9 +121,9 @@ class Turn:
         self.effects.append(m.Spawn(generation.id, number, gated, self.state.drain_mode, services))
 
     def activate(self, generation: m.Generation, worker: m.Worker) -> None:
-        """Let it accept connections."""
-        worker.state = WorkerState.ACTIVATING
-        worker.deadline = self.now + ACTIVATE_TIMEOUT_S + SLACK_S
+        """Let it accept connections, again if it has before."""
+        worker.state, worker.cause, worker.handover_refused = WorkerState.ACTIVATING, "", False
+        worker.deadline = self.now + self._busy_s(worker) + ACTIVATE_TIMEOUT_S + SLACK_S
         if worker.drain_mode != self.state.drain_mode:
             self.tell_drain(generation, worker)
         self.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S)
@@ -115,7 +137,7 @@ class Turn:
     def quiet(self, generation: m.Generation, workers: list[m.Worker]) -> None:
         """First phase: all that leave stop accepting and reading the relay, before any of them sends."""
         for worker in workers:
-            worker.state = WorkerState.QUIETING
+            worker.state, worker.quiets_unanswered = WorkerState.QUIETING, worker.quiets_unanswered + 1
             worker.deadline = self.now + self._busy_s(worker) + QUIET_TIMEOUT_S + SLACK_S
             self.command(generation, worker, Verb.QUIET, QUIET_TIMEOUT_S)
 
@@ -126,6 +148,8 @@ class Turn:
         for worker in generation.having(frozenset({WorkerState.QUIET})):
             worker.state = WorkerState.DRAINING
             budget = generation.limits.drain_timeout
+            if generation.drain_budget is not None:
+                budget = generation.drain_budget
             worker.deadline = self.now + self._busy_s(worker) + budget + SLACK_S
             self.command(generation, worker, Verb.HAND_OVER, COMMAND_TIMEOUT_S, budget=budget)
 
@@ -138,6 +162,11 @@ class Turn:
             self.quiet(generation, [worker])
         elif worker.state in STARTING_IDLE:
             self.terminate(generation, worker, cause)
+
+    def park(self, generation: m.Generation, worker: m.Worker, seconds: float) -> None:
+        """Let it stay, though nothing is left in it; for so long also if nobody says anything else."""
+        worker.state, worker.deadline = WorkerState.PARKED, None
+        self.command(generation, worker, Verb.PARK, COMMAND_TIMEOUT_S, budget=seconds)
 
     def stop_worker(self, generation: m.Generation, worker: m.Worker, budget: float) -> None:
         """Let it finish within `budget` seconds, and end."""
@@ -190,6 +219,14 @@ class Turn:
         worker.deadline = self.now + TERM_GRACE_S
         self.effects.append(m.Kill(generation.id, worker.id, now=False))
 
+    def dismiss(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
+        """End a worker that serves nobody, or nobody any more; one that still finishes something goes on with that."""
+        if worker.state in STARTING_IDLE:
+            self.terminate(generation, worker, cause)
+        elif worker.state is WorkerState.PARKED:
+            worker.cause = cause
+            self.stop_worker(generation, worker, generation.limits.stop_timeout)
+
     def kill(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
         """End it, whatever it does."""
         if worker.state is not WorkerState.KILLED:
@@ -197,3 +234,14 @@ class Turn:
         worker.state, worker.cause = WorkerState.KILLED, cause
         worker.deadline = self.now + KILL_REPEAT_S
         self.effects.append(m.Kill(generation.id, worker.id, now=True))
+
+
+def _running(state: State) -> tuple[str, int, str] | None:
+    """What is under way, of which generation, and how far it is."""
+    if state.promote is not None:
+        return state.promote.kind, state.promote.generation, state.promote.phase
+    if state.change is not None:
+        return ("stage" if state.change.stage else "reload"), state.change.generation, state.change.phase
+    if state.swap is not None:
+        return "swap", state.swap.generation, state.swap.phase
+    return None

@@ -83,6 +83,7 @@ ANSWERS: dict[Verb, type[Any]] = {
     Verb.ACTIVATE: m.Activated,
     Verb.QUIET: m.Quieted,
     Verb.HAND_OVER: m.HandingOver,
+    Verb.PARK: m.Parked,
     Verb.STOP: m.StopTaken,
     Verb.DRAIN: m.DrainTold,
     Verb.SERVICES_DEACTIVATE: m.ServicesDeactivated,
@@ -127,6 +128,8 @@ class Process:
     hung: bool = False
     work_s: float = 0.5
     """How long what it has to finish takes."""
+    drains: int = 0
+    """How often it has begun to drain."""
     unconfirmed: bool = False
     ready_seen: bool = False
     wants_recycling: bool = False
@@ -206,6 +209,18 @@ class World:
     def reload(self) -> int:
         """Ask for a reload; returns the operation."""
         return self._ask(m.ReloadAsked)
+
+    def stage(self) -> int:
+        return self._ask(m.StageAsked)
+
+    def promote(self, generation: int | None = None) -> int:
+        return self._ask(lambda number: m.PromoteAsked(number, generation))
+
+    def discard(self, generation: int | None = None) -> int:
+        return self._ask(lambda number: m.DiscardAsked(number, generation))
+
+    def rollback(self, generation: int | None = None) -> int:
+        return self._ask(lambda number: m.RollbackAsked(number, generation))
 
     def scale(self, count: int) -> int:
         return self._ask(lambda number: m.ScaleAsked(number, count=count))
@@ -653,14 +668,20 @@ class World:
                     return None
                 self._mode(process, "active")
             case Verb.QUIET:
-                if process.mode not in {"draining", "drained"}:
+                if process.mode not in {"draining", "drained", "parked"}:
                     self._mode(process, "quiet")
             case Verb.HAND_OVER:
                 self._mode(process, "draining")
+                process.drains += 1
+                drain = process.drains
                 self._at(
                     min(process.work_s, command.budget),
-                    lambda: self._act(process, lambda: self._finish(process)),
+                    lambda: self._act(process, lambda: self._finish(process, drain)),
                 )
+            case Verb.PARK:
+                if process.mode != "drained":
+                    return f"it is {process.mode}"
+                self._mode(process, "parked")
             case Verb.STOP:
                 process.stopped_by_master = True
                 self._stop(process, command.budget)
@@ -714,16 +735,16 @@ class World:
                 process.prepared.pop(command.swap, None)
         return ""
 
-    def _finish(self, process: Process) -> None:
-        if process.mode == "draining":
+    def _finish(self, process: Process, drain: int) -> None:
+        if process.mode == "draining" and process.drains == drain:
             self._mode(process, "drained")
-            process.work_s = 0.0
             self._say(process, m.WorkerDrained(*process.key))
 
     def _stop(self, process: Process, budget: float) -> None:
         if process.mode == "stopping":
             return
-        work_s = process.work_s if process.mode not in {"booting", "ready"} else 0.0
+        idle = process.mode in {"booting", "ready", "drained", "parked"}
+        work_s = 0.0 if idle else process.work_s
         self._mode(process, "stopping")
         process.services_active = process.leads = False
         status = 0 if work_s <= budget else 1
@@ -741,7 +762,7 @@ class World:
         self.ended[process.key] += 1
         if process.call is not None:
             self._answer(process, process.call, "connection closed")
-        if process.stopped_by_master and status != 0 and process.work_s > 0 and self.state.ending:
+        if process.stopped_by_master and status != 0 and self.state.ending:
             self.cut_at_stop = True
         self._tell(m.WorkerExited(*process.key, reason, output, status))
         for call in [*process.beside, *process.calls]:
@@ -752,8 +773,8 @@ class World:
     # ----------------------------------------------------------------------------- what an effect may say
 
     def _check_promotion(self, generation: m.Generation) -> None:
-        confirmed = [process for process in self.processes.values() if process.key[0] == generation.id]
-        assert len(confirmed) == generation.target, "not all of its workers were started"
+        confirmed = [self.processes[generation.id, worker.id] for worker in generation.having(m.TAKING_PART)]
+        assert len(confirmed) >= generation.wanted > 0, "not all of its workers were started"
         assert all(process.mode == "active" for process in confirmed), (
             f"promoted unconfirmed; {self.describe()}"
         )
@@ -764,9 +785,22 @@ class World:
         if not settled.ok:
             assert settled.reason, f"{asked} was refused without a reason"
             return
+        promoted = [each.generation for each in effects if isinstance(each, m.Promoted)]
         if isinstance(asked, m.ReloadAsked):
-            promoted = [each.generation for each in effects if isinstance(each, m.Promoted)]
             assert promoted == [settled.generation], "a reload succeeded without a promote"
+        elif isinstance(asked, m.PromoteAsked | m.RollbackAsked):
+            assert promoted == [settled.generation], f"{asked} succeeded without a promote"
+            assert asked.generation in {None, settled.generation}
+        elif isinstance(asked, m.StageAsked):
+            assert settled.generation is not None
+            generation = self.state.generations[settled.generation]
+            assert generation.state is GenerationState.STAGED
+            modes = [process.mode for process in self.processes.values() if process.key[0] == generation.id]
+            assert modes == ["ready"] * generation.target, f"staged, though {modes}; {self.describe()}"
+        elif isinstance(asked, m.DiscardAsked):
+            discarded = self.state.generations.get(settled.generation or 0)
+            ended = {GenerationState.RETIRED, GenerationState.FAILED}
+            assert discarded is None or discarded.state in ended, self.describe()
         elif isinstance(asked, m.ScaleAsked):
             assert self.state.current is not None
             current = self.state.generations[self.state.current]
@@ -816,7 +850,8 @@ class World:
     def describe(self) -> str:
         """Everything, for a failure's message."""
         lines = [
-            f"at {self.now:.2f}: current={self.state.current} change={self.state.change} scaling={self.state.scaling}"
+            f"at {self.now:.2f}: current={self.state.current} change={self.state.change} scaling={self.state.scaling}",
+            f"  promote={self.state.promote} probation={self.state.probation}",
         ]
         lines += [f"  weather={self.weather} settings={self.settings} stopping={self.state.stopping}"]
         lines += [f"  faults={self.faults} services={self.state.services} swaps={self.state.swap_count}"]
@@ -825,6 +860,7 @@ class World:
             lines.append(
                 f"  generation {generation.id} {generation.state} target={generation.target} missing={generation.missing}"
                 f" deadline={generation.deadline} respawn_at={generation.respawn_at}"
+                f" warm_until={generation.warm_until} kept_until={generation.kept_until}"
             )
             lines += [f"    {worker}" for worker in generation.workers.values()]
         lines += [
@@ -848,6 +884,10 @@ class World:
         if self.state.swap is not None or self.state.swaps_told:
             self.run(swaps.SWAP_PREPARE_TIMEOUT_S + swaps.SWAP_ABORT_TIMEOUT_S)
         self.run(6 * (self.limits.drain_timeout + lifecycle.PREPARE_TIMEOUT_S))
+        for generation in self.state.generations.values():
+            if generation.state is GenerationState.STAGED:
+                self.discard(generation.id)
+        self.run(self.limits.park_for + self.limits.probation + 60.0)
 
     def check_settled(self) -> None:
         """With nothing wrong for long enough one generation is left, complete; everybody has been answered."""
@@ -864,7 +904,8 @@ class World:
         assert all(process.operator_drain == self.state.drain_mode for process in self.live()), (
             self.describe()
         )
-        assert self.state.change is None
+        assert not self.state.changing
+        assert self.state.probation is None
         assert not self.state.queued
         assert self.state.scaling is None
         assert not self.state.drained_watch
@@ -940,22 +981,21 @@ class Checks:
         active = [g.id for g in self.after.generations.values() if g.state is GenerationState.ACTIVE]
         if active != ([] if self.after.current is None else [self.after.current]):
             self.fail(f"{active} are active")
+        ending = {GenerationState.DRAINING, GenerationState.FAILED, GenerationState.RETIRED}
         for generation in self.after.generations.values():
-            if (
-                generation.state in {GenerationState.DRAINING, GenerationState.FAILED}
-                and not generation.workers
-            ):
+            if generation.state in ending and not generation.workers:
                 self.fail(f"generation {generation.id} has ended and is not retired")
 
     def spawns(self) -> None:
         """Only for the current generation, and for the one that is to follow."""
-        change = self.after.change
+        wanted = {self.after.current, *self.coming()}
         for effect in self.effects:
-            following = (
-                change is not None and isinstance(effect, m.Spawn) and change.generation == effect.generation
-            )
-            if isinstance(effect, m.Spawn) and effect.generation != self.after.current and not following:
+            if isinstance(effect, m.Spawn) and effect.generation not in wanted:
                 self.fail("a worker is started for a generation that ends")
+
+    def coming(self) -> set[int]:
+        """Generations that are being brought up, or promoted."""
+        return {each.generation for each in (self.after.change, self.after.promote) if each is not None}
 
     def kills(self) -> None:
         """SIGTERM is for those that never served, or that did not take a stop."""
@@ -966,7 +1006,9 @@ class Checks:
                     self.fail("a worker that may have accepted connections is ended without handing over")
 
     def commands(self) -> None:
-        current, change = self.after.current, self.after.change
+        current, promote = self.after.current, self.after.promote
+        beside = {GenerationState.ACTIVATING, GenerationState.MIXED}
+        over = {GenerationState.DRAINING, GenerationState.RETIRED}
         for effect in self.effects:
             if not isinstance(effect, m.Command):
                 continue
@@ -975,17 +1017,13 @@ class Checks:
                 case Verb.ACTIVATE:
                     if self.world.processes[generation.id, effect.worker].mode == "booting":
                         self.fail("a worker is activated before it is ready")
-                    staged = change is not None and change.generation == generation.id
-                    if generation.id != current and not (
-                        staged and generation.state is GenerationState.STAGED
-                    ):
+                    promoted = promote is not None and promote.generation == generation.id
+                    if generation.id != current and not (promoted and generation.state in beside):
                         self.fail(
-                            "a worker is activated that is neither of the current generation nor of a staged one"
+                            "a worker is activated that is neither of the current generation nor of one that is promoted"
                         )
                 case Verb.QUIET:
-                    replaced = (
-                        generation.state is GenerationState.DRAINING and generation.id in self.world.promoted
-                    )
+                    replaced = generation.state in over and generation.id in self.world.promoted
                     if generation.id == current:
                         active = frozenset({WorkerState.ACTIVE})
                         if generation.id not in self.world.harmed and not generation.having(active):
@@ -1028,29 +1066,30 @@ class Checks:
         ]
         if count < generation.wanted and not going:
             self.fail(f"{count} workers, though {generation.wanted} are wanted, and nothing will change it")
-        trying = self.after.recover_at is not None or self.after.change is not None
+        trying = self.after.recover_at is not None or self.after.changing
         if generation.wanted <= 0 and not staying and not trying and self.after.stopping is None:
             self.fail("nothing is left, and nothing will be tried")
 
     def ways_on(self) -> None:
         """Whoever isn't where it may stay has a deadline, or something to wait for that has one."""
         state = self.after
+        serving = {GenerationState.ACTIVE, GenerationState.ACTIVATING, GenerationState.MIXED}
         for generation in state.generations.values():
-            if generation.state is GenerationState.BOOTING and generation.deadline is None:
-                self.fail(f"generation {generation.id} may boot for ever")
-            if generation.state is GenerationState.STAGED and not generation.having(
-                frozenset({WorkerState.ACTIVATING})
-            ):
-                self.fail(f"generation {generation.id} stays staged")
+            self.way_of(generation)
             replacing = any(worker.replaces is not None for worker in generation.workers.values())
             for worker in generation.workers.values():
                 match worker.state:
                     case WorkerState.READY if state.swap is not None and not state.swap.decided:
                         on = True
+                    case WorkerState.READY if generation.state is GenerationState.STAGED:
+                        on = True
                     case WorkerState.BOOTING | WorkerState.READY:
                         on = worker.deadline is not None or generation.deadline is not None
                     case WorkerState.ACTIVE:
-                        on = generation.state in {GenerationState.ACTIVE, GenerationState.STAGED}
+                        on = generation.state in serving
+                    case WorkerState.PARKED:
+                        on = generation.warm_until is not None or generation.id in self.coming()
+                        on = on and generation.state in {GenerationState.DRAINING, GenerationState.PARKED}
                     case WorkerState.HUNG:
                         on = worker.deadline is not None or replacing or state.stopping is not None
                     case WorkerState.QUIET:
@@ -1066,7 +1105,7 @@ class Checks:
             GenerationState.STAGED,
         }:
             self.fail("the reload has ended, and doesn't know")
-        if state.queued and state.change is None and state.swap is None:
+        if state.queued and not state.changing and state.swap is None:
             self.fail("reloads are queued behind nothing")
         if state.scaling is not None and state.scaling.operation is not None:
             current = state.generations[state.scaling.generation]
@@ -1074,6 +1113,23 @@ class Checks:
                 going = frozenset({WorkerState.STOPPING, WorkerState.KILLED})
                 if not current.having(going):
                     self.fail("the scaling waits for nothing")
+
+    def way_of(self, generation: m.Generation) -> None:
+        """What a generation waits for."""
+        state, change = generation.state, self.after.change
+        activating = generation.having(frozenset({WorkerState.ACTIVATING}))
+        on = True
+        match state:
+            case GenerationState.BOOTING:
+                on = generation.deadline is not None and generation.id in self.coming()
+            case GenerationState.STAGED if change is not None and change.generation == generation.id:
+                on = self.after.promote is not None
+            case GenerationState.ACTIVATING:
+                on = bool(activating) and generation.id in self.coming()
+            case GenerationState.PARKED:
+                on = generation.kept_until is not None or generation.id in self.coming()
+        if not on:
+            self.fail(f"generation {generation.id} stays {state}")
 
     # Services
 
@@ -1125,7 +1181,7 @@ class Checks:
     def swaps_go_on(self) -> None:
         """A swap that runs waits for something, and so do those that are queued."""
         state, swap = self.after, self.after.swap
-        if swap is not None and (state.change is not None or state.scaling is not None):
+        if swap is not None and not swap.decided and (state.changing or state.scaling is not None):
             self.fail("a swap runs beside a reload or a change of the number of workers")
         if swap is not None:
             waits = any(share.awaits for share in swap.shares.values())
@@ -1134,10 +1190,10 @@ class Checks:
                 self.fail("the swap waits for nothing")
             if swap.decided and swap.deadline is None:
                 self.fail("the swap may wait for ever")
-        if state.scale_queued is not None and not (swap or state.change or state.scaling):
+        if state.scale_queued is not None and not (swap or state.changing or state.scaling):
             self.fail("a change of the number of workers is queued behind nothing")
         if state.swaps_queued and not (
-            swap or state.change or state.scaling or state.swaps_told or state.queued
+            swap or state.changing or state.scaling or state.swaps_told or state.queued
         ):
             assert state.current is not None
             current = state.generations[state.current]

@@ -9,11 +9,12 @@ import itertools
 import os
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from simulator import CODES, FAULTS, SETTINGS, WEATHERS, WHO, Process, World
+from simulator import CODES, FAULTS, LIMITS, SETTINGS, WEATHERS, WHO, Process, World
 
 from segue.supervisor import lifecycle
 from segue.supervisor import model as m
@@ -25,6 +26,7 @@ settings.register_profile("deep", max_examples=20_000, stateful_step_count=60, p
 DEEP = bool(os.environ.get("SEGUE_DEEP"))
 PROFILE = settings.get_profile("deep" if DEEP else "ci")
 
+generations = st.sampled_from((None, None, 1, 2, 3, 4))
 picks = st.integers(min_value=0, max_value=5)
 
 
@@ -40,9 +42,11 @@ class AnyOrder(RuleBasedStateMachine):
         behaviour=st.sampled_from(("good", "good", "good", *CODES)),
         ready=st.booleans(),
         services=st.sampled_from((True, True, True, False)),
+        park_for=st.sampled_from((0.0, 10.0, 100.0)),
     )
-    def start(self, workers: int, behaviour: str, ready: bool, services: bool) -> None:
-        self.world = World(workers) if services else World(workers, handover=None)
+    def start(self, workers: int, behaviour: str, ready: bool, services: bool, park_for: float) -> None:
+        limits = msgspec.structs.replace(LIMITS, park_for=park_for)
+        self.world = World(workers, limits) if services else World(workers, limits, handover=None)
         self.world.behaviour = behaviour
         self.world.reload()
         if ready:
@@ -62,6 +66,22 @@ class AnyOrder(RuleBasedStateMachine):
     def deploy_and_reload(self, behaviour: str) -> None:
         self.world.deploy(behaviour)
         self.world.reload()
+
+    @rule()
+    def stage(self) -> None:
+        self.world.stage()
+
+    @rule(generation=generations)
+    def promote(self, generation: int | None) -> None:
+        self.world.promote(generation)
+
+    @rule(generation=generations)
+    def discard(self, generation: int | None) -> None:
+        self.world.discard(generation)
+
+    @rule(generation=generations)
+    def rollback(self, generation: int | None) -> None:
+        self.world.rollback(generation)
 
     @rule(count=st.integers(-1, 4))
     def scale(self, count: int) -> None:

@@ -113,7 +113,7 @@ def test_a_generation_is_promoted_only_when_all_its_workers_have_confirmed() -> 
     world.run_until(lambda: len(commands(world, Verb.ACTIVATE)) == 4)
     assert current(world).id == 1
     assert not commands(world, Verb.QUIET)
-    assert world.state.generations[2].state is GenerationState.STAGED
+    assert world.state.generations[2].state is GenerationState.ACTIVATING
     world.run_until(lambda: world.promoted == [1, 2])
     assert states(current(world)) == [WorkerState.ACTIVE] * 2
     assert {command.generation for command in commands(world, Verb.QUIET)} == {1}
