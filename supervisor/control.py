@@ -156,7 +156,7 @@ class Control:
         workers = request.query.get("workers", "")
         if not workers.isdigit() or not 1 <= int(workers) <= MAX_WORKERS:
             return problem(400, f"scale takes ?workers=N with N from 1 to {MAX_WORKERS}, not {workers!r}")
-        if self._master.state.change is not None:
+        if self._master.state.changing:
             return problem(423, "a reload is running; try again when it has ended")
         return await self._ask(request, lambda by: self._master.ask_scale(by, int(workers)))
 

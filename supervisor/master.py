@@ -359,7 +359,7 @@ class Master:
         state = self.state
         if state.stopping is not None:
             return "segue is stopping"
-        if state.change is not None or state.queued or state.current is None:
+        if state.changing or state.queued or state.current is None:
             return "a reload is running; try again when it has ended"
         if state.swap is not None or state.swaps_queued:
             return "a service is being swapped; try again when that has ended"
@@ -547,9 +547,8 @@ class Master:
         self.log("info", "retired", generation=generation, failed=failed or None)
 
     def _close_unused(self) -> None:
-        """Close the listeners that neither the current generation nor one that boots asks for."""
-        change = self.state.change
-        wanted = {self.state.current, change.generation if change else None}
+        """Close the listeners that no generation asks for that serves, or may yet."""
+        wanted = self.state.may_serve
         self._listening.close_all_but(
             listener
             for number, taken in self.snapshots.items()

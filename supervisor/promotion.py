@@ -168,6 +168,7 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     turn.effects.append(m.Promoted(generation.id, previous.id if previous is not None else None))
     if previous is not None and promote.kind is PromoteKind.ROLLBACK:
         turn.say("warning", "rolled-back", generation, None, previous=previous.id, reason=promote.because)
+        state.drained_watch.pop(previous.id, None)  # what it took over from serves again
         turn.effects.append(m.RolledBack(previous.id, generation.id, promote.because))
     for operation in promote.operations:
         turn.settle(operation, ok=True, generation=generation.id)
@@ -176,7 +177,7 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
             turn, ok=False, reason="a reload came between; the new generation has its own number of workers"
         )
     if previous is not None:
-        if previous.scaled_at > promote.asof:
+        if previous.scaled_at >= promote.asof:
             generation.target, generation.scaled_at = previous.target, turn.now
         _relieve(turn, promote, previous, generation.limits)
     _watch_drained(turn, generation)

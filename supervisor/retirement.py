@@ -12,6 +12,7 @@ from segue.supervisor.model import GenerationState, WorkerState
 from segue.supervisor.turn import Turn
 
 _GONE = frozenset({GenerationState.RETIRED, GenerationState.FAILED})
+_FINISHING = _GONE | {GenerationState.DRAINING}
 _KEPT = frozenset({GenerationState.DRAINING, GenerationState.PARKED})
 
 
@@ -121,6 +122,6 @@ def _check_drained(turn: Turn) -> None:
     state = turn.state
     for promoted, old in list(state.drained_watch.items()):
         left = [state.generations[number] for number in old if number in state.generations]
-        if all(generation.state is GenerationState.PARKED for generation in left):
+        if not any(generation.state in _FINISHING for generation in left):
             del state.drained_watch[promoted]
             turn.effects.append(m.AllDrained(promoted))

@@ -138,7 +138,7 @@ def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
     if state.scaling is None:
         state.scaling = m.Scaling(event.operation, current.id, current.target, current.missing)
     state.scaling.operation = event.operation  # a nudge under way is overtaken; what it began at stays
-    current.target, current.missing, current.scaled_at = count, 0, turn.now
+    current.target, current.missing = count, 0
     fill(turn, current)
 
 
@@ -192,6 +192,8 @@ def undo_scaling(turn: Turn, generation: m.Generation, reason: str, output: str 
 def end_scaling(turn: Turn, ok: bool, reason: str = "", output: str = "") -> None:
     """Answer whoever asked for it."""
     scaling, turn.state.scaling = turn.state.scaling, None
+    if scaling is not None and ok:
+        turn.state.generations[scaling.generation].scaled_at = turn.now
     if scaling is not None and scaling.operation is not None:
         turn.settle(scaling.operation, ok=ok, reason=reason, output=output, generation=scaling.generation)
 

@@ -253,6 +253,11 @@ class Generation:
         return [worker for worker in self.workers.values() if worker.state in states]
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it drains and isn't kept any longer than that takes."""
+        return self.state is GenerationState.DRAINING and self.kept_until is None
+
+    @property
     def wanted(self) -> int:
         """How many workers it is to run now: `target` less those held back."""
         return self.target - self.missing - self.ceded
@@ -502,6 +507,14 @@ class State:
     def changing(self) -> bool:
         """Whether a generation is being brought up, or promoted."""
         return self.change is not None or self.promote is not None
+
+    @property
+    def may_serve(self) -> frozenset[int]:
+        """The generations that serve, or may yet, or again: what they listen on must stay."""
+        over = {GenerationState.RETIRED, GenerationState.FAILED}
+        able = {g.id for g in self.generations.values() if g.state not in over and not g.is_leaving}
+        coming = {each.generation for each in (self.change, self.promote) if each is not None}
+        return frozenset({*able, *coming, *({self.current} if self.current is not None else ())})
 
     @property
     def ending(self) -> bool:

@@ -793,10 +793,10 @@ class World:
             assert asked.generation in {None, settled.generation}
         elif isinstance(asked, m.StageAsked):
             assert settled.generation is not None
-            generation = self.state.generations[settled.generation]
-            assert generation.state is GenerationState.STAGED
-            modes = [process.mode for process in self.processes.values() if process.key[0] == generation.id]
-            assert modes == ["ready"] * generation.target, f"staged, though {modes}; {self.describe()}"
+            staged = self.state.generations[settled.generation]
+            assert staged.state is GenerationState.STAGED
+            modes = [process.mode for process in self.processes.values() if process.key[0] == staged.id]
+            assert modes == ["ready"] * staged.target, f"staged, though {modes}; {self.describe()}"
         elif isinstance(asked, m.DiscardAsked):
             discarded = self.state.generations.get(settled.generation or 0)
             ended = {GenerationState.RETIRED, GenerationState.FAILED}
