@@ -24,7 +24,7 @@ _CONNECTORS = {"hsp": "hsp_available", "mcp": "mcp_available"}
 _METRICS: dict[str, dict[str, bool | None]] = {
     "hsp": {"is_connected": False, "pending_acks_count": None, "retry_counts_active": None},
     "mcp": {"is_connected": False, "fallback_initialized": False},
-    "learning": {"known_ai_count": None},
+    "learning": {"known_ai_count": None, "tools": None},
     "memory": {"ham_store_size": None},
     "lis": {"incidents_recent": None, "antibodies_recent": None},
 }

@@ -14,11 +14,15 @@ from starlette.staticfiles import StaticFiles
 import segue
 from segue.worker.backend.dialogue import DialogueManager, DialogueSettings
 from segue.worker.backend.emotion import EmotionSettings, EmotionSystem
+from segue.worker.backend.hsp.connector import HSPConnector
+from segue.worker.backend.hsp.settings import HSPSettings
+from segue.worker.backend.http.agents import AgentsApi
 from segue.worker.backend.http.api import Api
 from segue.worker.backend.http.endpoint import Endpoint, answer
 from segue.worker.backend.http.openai_api import OpenAIApi
 from segue.worker.backend.http.openapi import document
 from segue.worker.backend.http.parts import Parts
+from segue.worker.backend.learning import LearningManager
 from segue.worker.backend.lis import LIS, LISSettings
 from segue.worker.backend.llm import LLMSettings, MultiLLMService
 from segue.worker.backend.mcp_connector import MCPConnector, MCPSettings
@@ -33,6 +37,7 @@ def declare(services: segue.Services) -> Parts:
     """Declare all parts; what a swap of each reports as rewired follows from who requires it."""
     memory = services.declare("memory", HAMMemoryManager, settings=MemorySettings, title="HAMMemoryManager")
     lis = services.declare("lis", LIS, settings=LISSettings, title="LIS")
+    learning = services.declare("learning", LearningManager, title="LearningManager")
     llm = services.declare(
         "llm", MultiLLMService, requires=[lis], settings=LLMSettings, title="MultiLLMService"
     )
@@ -40,7 +45,7 @@ def declare(services: segue.Services) -> Parts:
     tools = services.declare(
         "tools",
         ToolDispatcher,
-        requires=[llm, mcp, lis],
+        requires=[llm, mcp, lis, learning],
         settings=ToolSettings,
         options=ToolOptions,
         title="ToolDispatcher",
@@ -58,14 +63,27 @@ def declare(services: segue.Services) -> Parts:
         settings=DialogueSettings,
         title="DialogueManager",
     )
-    return Parts(memory, lis, llm, mcp, tools, personality, emotion, dialogue)
+    hsp = services.declare(
+        "hsp",
+        HSPConnector,
+        requires=[learning],
+        # all workers speak for the agent; one listens, since each message is to be taken once
+        per="generation",
+        settings=HSPSettings,
+        title="HSPConnector",
+    )
+    return Parts(memory, lis, learning, hsp, llm, mcp, tools, personality, emotion, dialogue)
 
 
 def create() -> Starlette:
     """The application."""
     services = segue.Services()
     parts = declare(services)
-    endpoints: list[Endpoint] = [*Api(parts).endpoints(), *OpenAIApi(parts).endpoints()]
+    endpoints: list[Endpoint] = [
+        *Api(parts).endpoints(),
+        *AgentsApi(parts).endpoints(),
+        *OpenAIApi(parts).endpoints(),
+    ]
     described: dict[str, Any] = {}
 
     async def openapi(_: Request) -> Response:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from segue import Service
 from segue.worker.backend.dialogue import DialogueManager
 from segue.worker.backend.emotion import EmotionSystem
+from segue.worker.backend.hsp.connector import HSPConnector
+from segue.worker.backend.learning import LearningManager
 from segue.worker.backend.lis import LIS
 from segue.worker.backend.llm import MultiLLMService
 from segue.worker.backend.mcp_connector import MCPConnector
@@ -22,6 +24,8 @@ class Parts:
 
     memory: Service[HAMMemoryManager]
     lis: Service[LIS]
+    learning: Service[LearningManager]
+    hsp: Service[HSPConnector]
     llm: Service[MultiLLMService]
     mcp: Service[MCPConnector]
     tools: Service[ToolDispatcher]

@@ -55,6 +55,14 @@ class Immunity(Protocol):
         """It has answered."""
 
 
+class Learning(Protocol):
+    """What remembers how tools have worked: `segue.worker.backend.learning.LearningManager`."""
+
+    @property
+    def tools(self) -> Statistics:
+        """All calls."""
+
+
 class ToolDispatcher:
     """The tools of a worker."""
 
@@ -66,6 +74,7 @@ class ToolDispatcher:
         lis: Immunity,
         previous: ToolDispatcher | None = None,
         options: ToolOptions | None = None,
+        learning: Learning | None = None,
     ) -> None:
         self.settings = settings
         self.llm = llm
@@ -73,7 +82,11 @@ class ToolDispatcher:
         self.lis = lis
         self._only = options.tool if options is not None else None
         self._before: Library | None = previous.library if previous is not None else None
-        self._statistics: Statistics = previous._statistics if previous is not None else Statistics()
+        self._statistics: Statistics
+        if learning is not None:
+            self._statistics = learning.tools
+        else:
+            self._statistics = previous._statistics if previous is not None else Statistics()
         threads: Threads | None = previous._threads if previous is not None else None
         if threads is None or threads.limit != settings.max_threads:
             threads = Threads(settings.max_threads)
@@ -83,6 +96,10 @@ class ToolDispatcher:
         """What is loaded."""
         self._tools: dict[str, LoadedTool] = {}
         self._changed: list[str] = []
+
+    def set_learning(self, learning: Learning) -> None:
+        """From here on calls are told to this one."""
+        self._statistics = learning.tools
 
     @property
     def problems(self) -> dict[str, str]:
@@ -215,11 +232,7 @@ class ToolDispatcher:
 
     def metrics(self) -> dict[str, Any]:
         """For the status; rates are weighted over the workers."""
-        totals = self.totals()
-        count = totals["total_invocations"]
-        return totals | {
-            "success_rate": segue.Rate(totals["success_rate"], count),
-            "avg_latency": segue.Rate(totals["avg_latency"], count),
+        return self._statistics.metrics() | {
             "tools": len(self.tools()),
             "problems": len(self.library.problems),
             "hanging": sum(tool.hanging for tool in self._tools.values()),

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from typing import Any
 
+import segue
+
 RECENT_S = 3600.0
 """A failure is recent for so long."""
 _KEPT = 1000
@@ -67,6 +69,15 @@ class Statistics:
             "recent_failures": sum(record.recent_failures() for record in records),
             "success_rate": _share(invocations - failures, invocations),
             "avg_latency": _share(sum(record.seconds for record in records) * 1000, invocations),
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """`totals` for the status, in which rates are weighted over the workers."""
+        totals = self.totals()
+        count = totals["total_invocations"]
+        return totals | {
+            "success_rate": segue.Rate(totals["success_rate"], count),
+            "avg_latency": segue.Rate(totals["avg_latency"], count),
         }
 
 

@@ -1,0 +1,200 @@
+"""What tests of HSP are written in: a real mosquitto, connectors as services, a steady publisher and its tally."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiomqtt
+from scenario import ROOT
+
+import segue
+from bench.broker import Broker
+from segue.worker.backend.hsp.connector import HSPConnector
+from segue.worker.backend.hsp.continuity import Handler
+from segue.worker.backend.hsp.envelope import FACT, Envelope
+from segue.worker.backend.hsp.settings import HSPSettings
+
+DEADLINE_S = 60
+
+
+def settings(broker: Broker | None, **more: Any) -> HSPSettings:
+    """Of a test: known names, and impatient."""
+    where: dict[str, Any] = {"host": "127.0.0.1", "port": broker.port} if broker is not None else {}
+    quick = {"connect_timeout_s": 3.0, "reconnect_first_s": 0.05, "reconnect_cap_s": 0.2}
+    # the machine that runs the tests may be busy with others
+    patient = {"barrier_timeout_s": 20.0, "drain_timeout_s": 20.0}
+    return HSPSettings(**({"ai_id": "alpha"} | where | quick | patient | more))
+
+
+class Agent:
+    """A service `hsp` under its registry, as in a worker that is the only one."""
+
+    def __init__(self, wanted: HSPSettings, facts: Handler | None) -> None:
+        self._facts = facts
+        self.wanted = wanted
+        """Settings of the next instance."""
+        self.services = segue.Services()
+        self.service = self.services.declare(
+            "hsp",
+            self._make,
+            per="generation",
+            activate_timeout=60,
+            deactivate_timeout=60,
+            close_timeout=60,
+        )
+
+    def _make(self, previous: HSPConnector | None) -> HSPConnector:
+        connector = HSPConnector(self.wanted, previous)
+        if previous is None and self._facts is not None:
+            connector.on(FACT, self._facts)  # before the first one comes
+        return connector
+
+    @property
+    def current(self) -> HSPConnector:
+        return self.service.current
+
+    async def swap(self, wanted: HSPSettings | None = None) -> dict[str, Any]:
+        """Raises `segue.SwapRefusedError`; the next swap then is with the settings before."""
+        before, self.wanted = self.wanted, wanted or self.wanted
+        try:
+            return await self.services.reload("hsp")
+        except BaseException:
+            self.wanted = before
+            raise
+
+
+@contextlib.asynccontextmanager
+async def agent(wanted: HSPSettings, facts: Handler | None = None) -> AsyncIterator[Agent]:
+    """Its handler of `facts` is there before the first one comes."""
+    found = Agent(wanted, facts)
+    async with found.services:
+        yield found
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """For what no event tells."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class Tally:
+    """What a handler was given of numbered facts."""
+
+    seen: dict[int, list[int]] = field(default_factory=dict)
+    pause_every: int = 0
+    """Be slow for a moment each so many messages, so that there is a backlog."""
+    count: int = 0
+
+    async def __call__(self, message: Envelope) -> None:
+        if "number" in message.payload:
+            self.seen.setdefault(message.payload["topic"], []).append(message.payload["number"])
+            self.count += 1
+            if self.pause_every and self.count % self.pause_every == 0:
+                await asyncio.sleep(0.02)
+
+    async def reach(self, count: int) -> None:
+        await until(lambda: self.count >= count)
+
+    async def more(self) -> None:
+        """Wait for one."""
+        await self.reach(self.count + 1)
+
+    async def has(self, number: int, topic: int = 0) -> None:
+        """Wait until `number` came."""
+        await until(lambda: number in self.seen.get(topic, ()))
+
+    def verdict(self, sent: list[int]) -> dict[str, int]:
+        """Against what was sent: all zero if all is well."""
+        lost = doubled = reordered = 0
+        for topic, count in enumerate(sent):
+            got = self.seen.get(topic, [])
+            lost += len(set(range(count)) - set(got))
+            doubled += len(got) - len(set(got))
+            first = list(dict.fromkeys(got))
+            reordered += sum(later < earlier for earlier, later in itertools.pairwise(first))
+        return {"lost": lost, "doubled": doubled, "reordered": reordered}
+
+
+NOTHING = {"lost": 0, "doubled": 0, "reordered": 0}
+
+
+@dataclass
+class Published:
+    """By the publisher, once it has ended."""
+
+    sent: list[int] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def publisher(
+    broker: Broker, rate: int, qos: int = 1, user: str = "", password: str = "", ca: str = ""
+) -> Iterator[Published]:
+    """Facts at a steady rate from a process of its own, for the length of a block."""
+    command = [sys.executable, "-m", "bench.hsp_publisher", str(broker.port), str(rate), str(qos)]
+    command += [user, password, ca]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    published = Published()
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield published
+        process.stdin.close()
+        published.sent = json.loads(process.stdout.readline())["sent"]
+        process.wait(DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        process.stdin.close()
+
+
+@contextlib.contextmanager
+def broker(directory: Path, *lines: str) -> Iterator[Broker]:
+    with Broker(directory / "broker", *lines) as running:
+        yield running
+
+
+def fact(number: int, sender: str = "beta", **more: Any) -> bytes:
+    """A valid message of another agent."""
+    document = {
+        "hsp_envelope_version": "0.1",
+        "message_id": f"{sender}-{number}",
+        "sender_ai_id": sender,
+        "recipient_ai_id": "all",
+        "timestamp_sent": "2026-01-01T00:00:00Z",
+        "message_type": FACT,
+        "protocol_version": "0.1",
+        "communication_pattern": "publish",
+        "payload": {"topic": 0, "number": number},
+    }
+    return json.dumps(document | more).encode()
+
+
+async def publish(broker: Broker, *messages: tuple[str, bytes], retain: bool = False, qos: int = 1) -> None:
+    async with aiomqtt.Client("127.0.0.1", broker.port) as client:
+        for topic, payload in messages:
+            await client.publish(topic, payload, qos, retain)
+
+
+async def heard(broker: Broker, topic: str, do: Callable[[], Awaitable[Any]]) -> Any:
+    """The next message on a topic, after `do`."""
+    async with aiomqtt.Client("127.0.0.1", broker.port) as client, asyncio.timeout(DEADLINE_S):
+        await client.subscribe(topic, 1)
+        await do()
+        return json.loads(bytes((await anext(aiter(client.messages))).payload))

@@ -1,0 +1,325 @@
+"""Who holds the agent's subscription: takes it up, gets it back when it is lost, and passes it on.
+
+A connector has one while a broker is configured. How a subscription passes on without losing a message is said in
+`subscription`; here is when, and what is written down about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from segue.worker.backend.hsp.barrier import cut, rehearse
+from segue.worker.backend.hsp.client import Will
+from segue.worker.backend.hsp.continuity import Continuity
+from segue.worker.backend.hsp.errors import LinkError
+from segue.worker.backend.hsp.inbox import Inbox
+from segue.worker.backend.hsp.link import Link
+from segue.worker.backend.hsp.mailbox import Mailbox
+from segue.worker.backend.hsp.scout import rights, send_probes
+from segue.worker.backend.hsp.settings import HSPSettings
+from segue.worker.backend.hsp.subscription import Mode, Subscription
+from segue.worker.backend.hsp.topics import Topics
+
+_log = logging.getLogger("segue.hsp")
+
+
+class Holder:
+    """Of one connector."""
+
+    def __init__(
+        self,
+        settings: HSPSettings,
+        topics: Topics,
+        known: Continuity,
+        mailbox: Mailbox,
+        inbox: Inbox,
+        will: bytes,
+        announce: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`will` is what the broker is to say when the connection is lost; `announce` says that the agent is there."""
+        self.settings = settings
+        self.topics = topics
+        self.mailbox = mailbox
+        self.prepared: Subscription | None = None
+        """The one that is to be in use after a swap."""
+        self.at_the_cut = False
+        """Whether what is prepared has to be lined up with the old one's; if not, it has kept all since it was opened."""
+        self.lined_up = False
+        self.session: str | None = None
+        """Where to go on, whatever the seat says."""
+        self.subscription: Subscription | None = None
+        """The one that is in use; only while it is wanted."""
+        self.trouble: str | None = None
+        """Why there is none though there should be."""
+        self.tidying: asyncio.Task[None] | None = None
+        """The other session is on its way out."""
+        self._known = known
+        self._inbox = inbox
+        self._will = will
+        self._announce = announce
+        self._wanted = False
+        self._seated = 0.0
+        self._keeping: asyncio.Task[None] | None = None
+        self._announcing: asyncio.Task[None] | None = None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What has to be the same for two holders to have one subscription in common."""
+        return self.settings.address, self.settings.identity, self.settings.topic_prefix
+
+    @property
+    def reason(self) -> str | None:
+        """Why the subscription that should be there isn't."""
+        if not self._wanted or (self.subscription is not None and self.subscription.alive):
+            return None
+        return self.trouble or "it is not subscribed"
+
+    # ------------------------------------------------------------------------------------------------- taking it up
+
+    async def prepare_beside(self, old: Holder) -> None:
+        """Make a subscription that can take the place of `old`'s, if it has one. Raises `LinkError`."""
+        if old.tidying is not None:
+            await asyncio.wait({old.tidying})
+        theirs = old.subscription
+        if theirs is None or not theirs.alive or not self.mailbox.connected:
+            return
+        moves = old.place != self.place
+        shares = bool(old.settings.shared_group or self.settings.shared_group)
+        self.at_the_cut = not moves and not shares
+        if moves:
+            session, known = self._where()
+            new = self._make(session, Mode.WAIT)
+            await new.open(fresh=False, known=known)
+        else:
+            mode = Mode.WAIT if shares else Mode.DROP
+            new = self._make(self._other(theirs.session), mode, heard_before=old.topics.stream)
+            await new.open(fresh=True)
+        self.prepared = new
+
+        async def probe(topics: list[str], payload: bytes) -> None:
+            await send_probes(old.settings, topics, payload)
+            if rights(old.settings) != rights(self.settings):
+                await send_probes(self.settings, topics, payload)
+
+        beside = theirs if self.at_the_cut else None
+        await rehearse(beside, new, self.topics, self.mailbox.publish, probe, self.settings.barrier_timeout_s)
+
+    async def hold(self) -> None:
+        """Handle what comes from here on. If the broker isn't there, as soon as it is."""
+        self._wanted = True
+        self._seated = time.time()  # whoever had the seat until now has left it
+        prepared, self.prepared = self.prepared, None
+        if prepared is not None and self.lined_up and prepared.alive:
+            self._known.counts.swaps += 1
+            self._have(prepared)
+            prepared.go()
+            self._announcing = asyncio.create_task(self.appear())
+        else:
+            if prepared is not None and self.lined_up:  # it was lost since: what it has is in its session
+                await prepared.leave()
+            elif prepared is not None:
+                await self._discard(prepared, None)
+            try:
+                await self._sit_down()
+            except LinkError as error:
+                self.trouble = str(error)
+                _log.warning("event=hsp-not-subscribed reason=%s", error)
+        self._keeping = asyncio.create_task(self._keep_holding())
+
+    async def _sit_down(self) -> None:
+        """Go on with the session in which the agent's messages wait. Raises `LinkError`."""
+        mailbox = self.mailbox
+        if not mailbox.connected:
+            raise LinkError(mailbox.reason or "it is not connected")
+        await mailbox.settle()
+        seat = mailbox.seat
+        session, known = self._where()
+        subscription = self._make(session, Mode.RUN)
+        await subscription.open(fresh=False, known=known)
+        if seat is not None and not subscription.resumed:
+            self._known.counts.gaps += 1
+            self._known.problem(session, "the broker has not kept the session: messages may be lost")
+        self._have(subscription)
+        if (seat is None or seat.holder != self.topics.instance) and self.tidying is None:
+            self.tidying = asyncio.create_task(self._tidy(self._other(session)))
+        await self.appear()
+
+    def _where(self) -> tuple[str, tuple[str, ...]]:
+        """The session to go on with, and what it is said to be subscribed to."""
+        seat = self.mailbox.seat
+        session = self.session or (seat.session if seat else self._sessions()[0])
+        return session, seat.filters if seat and seat.session == session else ()
+
+    def _sessions(self) -> tuple[str, str]:
+        """The agent has two, of which one is in use: so there is never one that nobody knows of."""
+        name = f"{self.settings.client_id_prefix}-{self.topics.ai_id}"
+        return f"{name}-a", f"{name}-b"
+
+    def _other(self, session: str) -> str:
+        one, other = self._sessions()
+        return one if session != one else other
+
+    def _make(self, session: str, mode: Mode, heard_before: tuple[str, ...] = ()) -> Subscription:
+        return Subscription(
+            self.settings,
+            self.topics,
+            session,
+            self._inbox.receive,
+            mode=mode,
+            will=Will(self.topics.advertisement, self._will),
+            heard_before=heard_before,
+        )
+
+    def _have(self, subscription: Subscription) -> None:
+        self.subscription, self.session = subscription, subscription.session
+        self.trouble = None
+
+    async def appear(self) -> None:
+        """Say where the subscription is, and that the agent is there; with the next connection if that can't be now."""
+        subscription = self.subscription
+        if subscription is None:
+            return
+        try:
+            self._seated = await self.mailbox.take_seat(subscription.session, tuple(subscription.filters))
+            await self._announce()
+        except LinkError as error:
+            _log.warning("event=hsp-not-announced reason=%s", error)
+
+    async def _tidy(self, session: str) -> None:
+        """Have the broker forget what a process left that died in the middle of a swap."""
+        with contextlib.suppress(LinkError):
+            await Link.forget(self.settings, session)
+
+    # -------------------------------------------------------------------------------------------------- keeping it
+
+    async def _keep_holding(self) -> None:
+        """Get the subscription back whenever it is lost."""
+        pause_s = self.settings.reconnect_first_s
+        while True:
+            subscription = self.subscription
+            if subscription is not None:
+                pause_s = self.settings.reconnect_first_s
+                await subscription.lost.wait()
+                self.trouble = f"the subscription was lost: {subscription.reason}"
+                _log.warning("event=hsp-subscription-lost reason=%s", subscription.reason)
+                await subscription.finish()
+                self.subscription = None
+                # should somebody else have it now, that is known by then
+                await asyncio.sleep(pause_s)
+            try:
+                if self._is_displaced():
+                    return
+                await self._sit_down()
+            except LinkError as error:
+                self.trouble = str(error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(self.settings.reconnect_cap_s, pause_s * 2)
+
+    def _is_displaced(self) -> bool:
+        """Whether another process has taken the subscription over: to take it back would go on for ever."""
+        seat = self.mailbox.seat
+        if seat is None or seat.holder == self.topics.instance or seat.since <= self._seated:
+            return False
+        self.trouble = (
+            f"another process has taken the subscription of {self.topics.ai_id} over: is there a second agent of that "
+            "name? Give one of them another ai_id"
+        )
+        _log.error("event=hsp-displaced holder=%s ai_id=%s", seat.holder, self.topics.ai_id)
+        return True
+
+    # -------------------------------------------------------------------------------------------------- passing it on
+
+    async def pass_on(self, heir: Holder | None) -> None:
+        """Leave the subscription where `heir`, or else the next process, goes on with it."""
+        await self._let_go()
+        subscription, self.subscription = self.subscription, None
+        self.session = None
+        if subscription is None:
+            return
+        try:
+            if heir is None or not await self._hand_over(subscription, heir):
+                await subscription.stop()
+                await subscription.leave()
+        except BaseException:
+            self.subscription = subscription  # `close` leaves it
+            raise
+
+    async def retire(self) -> None:
+        """Give the subscription up for good; if that can't be, it is left."""
+        await self._let_go()
+        subscription, self.subscription = self.subscription, None
+        if subscription is None:
+            return
+        try:
+            await subscription.retire(self._mark)
+        except LinkError as error:
+            _log.warning("event=hsp-not-retired reason=%s", error)
+            await subscription.stop()
+            await subscription.leave()
+
+    async def _hand_over(self, old: Subscription, heir: Holder) -> bool:
+        """Line the heir's subscription up with this one, and end this one. False if that can't be."""
+        heir.session = old.session
+        prepared = heir.prepared
+        if prepared is None and heir.place == self.place:
+            return False
+        try:
+            if prepared is not None and heir.at_the_cut:
+                await cut(old, prepared, heir.topics, heir.mailbox.publish, heir.settings.barrier_timeout_s)
+                await old.halt()
+                # from here on the rest is in the other session; not before that is written down may this one go
+                await heir.mailbox.take_seat(prepared.session, tuple(prepared.filters))
+                heir.tidying = asyncio.create_task(old.end())
+            else:
+                await old.retire(self._mark)
+        except LinkError as error:
+            _log.warning("event=hsp-no-cut reason=%s", error)
+            return False
+        heir.lined_up, heir.session = True, prepared.session if prepared is not None else None
+        return True
+
+    def _mark(self, token: bytes) -> Coroutine[Any, Any, None]:
+        return self.mailbox.publish(self.topics.marker, token)
+
+    async def _let_go(self) -> None:
+        self._wanted = False
+        keeping, self._keeping = self._keeping, None
+        if keeping is not None:
+            await ended(keeping)
+
+    async def _discard(self, prepared: Subscription, old: Holder | None) -> None:
+        """It isn't needed. What only it was given, as a member of a group, is handled where it would have been."""
+        if prepared.resumed:
+            await prepared.leave()
+            return
+        if old is not None and not self.at_the_cut and old.place == self.place:
+            with contextlib.suppress(LinkError):
+                await prepared.withdraw(self._mark)
+            for message in prepared.kept():
+                await old._inbox.receive(message.topic.value, bytes(message.payload), message.retain)
+        await prepared.end()
+
+    async def close(self, old: Holder | None) -> None:
+        """The end; `old` goes on if this one was never used."""
+        await self._let_go()
+        prepared, self.prepared = self.prepared, None
+        if prepared is not None:
+            await self._discard(prepared, old)
+        if self.subscription is not None:
+            await self.subscription.stop()
+            await self.subscription.leave()
+        if self.tidying is not None:
+            await asyncio.wait({self.tidying})
+        if self._announcing is not None:
+            await ended(self._announcing)
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    task.cancel()
+    await asyncio.wait({task})

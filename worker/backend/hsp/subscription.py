@@ -1,0 +1,316 @@
+"""The agent's subscription: a session that the broker keeps, in which what others say waits until it is handled.
+
+Design. What an agent hears is in one session at the broker, held by one connection at a time; where it is stands retained
+on the topic of the *seat*. Nothing is acknowledged before it was handled. So whoever holds the session next, in this
+process or another, after a graceful end or a `kill -9`, goes on with the first message that was not handled.
+
+- In a process: the new instance makes a second session beside the first and drops what it gets there. A rehearsal (a token
+  through both, and a probe for each filter) shows that both can be lined up and that the broker serves what it grants, else
+  the swap is refused; the old one never noticed. After the commit a second token is *the cut*: the old one handles all
+  before it, the new one all after; then the seat moves, and the old session goes. Until the cut nothing is held, so
+  waiting for the other workers costs nothing, and giving up is closing the new one.
+- Between processes, and wherever the cut fails, the old one stops between two messages, lets the broker read its last
+  acknowledgement, and leaves with DISCONNECT; the next one resumes the session with its id.
+
+Rejected: a barrier between processes (all standbys would hear everything, or be recruited while the clock runs, and after a
+crash there is nobody to send the token; the session is needed anyway); holding back from the rehearsal until the commit (as
+long as the slowest worker takes); handing what is held to the successor by publishing it again (order); one fixed
+session also in a process (settings that don't work would be found out after the old one has left).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from enum import Enum
+from typing import Any
+
+from segue.worker.backend.hsp.client import Will
+from segue.worker.backend.hsp.errors import BarrierError, LinkError
+from segue.worker.backend.hsp.link import Link, Message
+from segue.worker.backend.hsp.settings import HSPSettings
+from segue.worker.backend.hsp.topics import Topics, matches
+
+_log = logging.getLogger("segue.hsp")
+
+_UNACKNOWLEDGED = 10
+"""How many messages whose work goes on for longer are left unacknowledged meanwhile: a broker sends no more than so many
+(mosquitto 20) before it waits, and what comes behind them must get through."""
+
+Take = Callable[[str, bytes, bool], Awaitable["asyncio.Future[None] | None"]]
+"""Handles a message: topic, payload, whether it was retained. What goes on for longer is returned."""
+Mark = Callable[[bytes], Awaitable[None]]
+"""Publishes a token on the marker topic."""
+
+
+class Mode(Enum):
+    """What becomes of messages."""
+
+    DROP = "drop"
+    """Somebody else handles them."""
+    WAIT = "wait"
+    """They are kept, unacknowledged."""
+    RUN = "run"
+    STOP = "stop"
+    """They stay with the broker."""
+
+
+class Watch:
+    """A token that is on its way through the broker, and what was seen before it."""
+
+    def __init__(self, token: str, then: Mode | None = None) -> None:
+        self.token = token.encode()
+        self.then = then
+        """Which mode begins with the token; None: it only shows that there is a way."""
+        self.seen = asyncio.Event()
+        self.probes: set[str] = set()
+        """The topics on which the token came as a probe."""
+
+
+class Subscription:
+    """One connection to the agent's session, or to one that is to become it."""
+
+    def __init__(
+        self,
+        settings: HSPSettings,
+        topics: Topics,
+        session: str,
+        take: Take,
+        *,
+        mode: Mode,
+        will: Will | None = None,
+        heard_before: Sequence[str] = (),
+    ) -> None:
+        """`heard_before`: the filters of whoever handles what is dropped here."""
+        self.session = session
+        self.mode = mode
+        self.counted = 0
+        """Messages since the last token; both connections of a swap should have the same number."""
+        self._settings = settings
+        self._topics = topics
+        self._take = take
+        self._heard_before = heard_before
+        self._watches: dict[bytes, Watch] = {}
+        self._kept: deque[Message] = deque()
+        self._going: asyncio.Task[None] | None = None
+        self._unfinished: set[asyncio.Future[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._link = Link(settings, session, self._receive, durable=True, will=will)
+        self.resumed = False
+        """Whether the broker had kept the session."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is connected."""
+        return self._link.alive
+
+    @property
+    def lost(self) -> asyncio.Event:
+        """Set when the connection is gone."""
+        return self._link.lost
+
+    @property
+    def reason(self) -> str:
+        """Why it is gone."""
+        return self._link.reason
+
+    async def open(self, *, fresh: bool, known: Sequence[str] = ()) -> None:
+        """Connect and subscribe. `known`: what the session is said to be subscribed to, if the broker has kept it.
+
+        Raises `LinkError`.
+        """
+        try:
+            self.resumed = await self._link.open(fresh=fresh)
+            wanted = self.filters
+            gone = [each for each in known if each not in wanted] if self.resumed else []
+            if gone:
+                await self._link.unsubscribe(gone)
+            # MQTT 5 doesn't send retained messages again for what is subscribed to already; 3.1.1 would
+            if not self.resumed or self._settings.v5 or set(known) != set(wanted):
+                await self._link.subscribe(wanted, self._settings.qos)
+        except BaseException:
+            self.mode = Mode.STOP
+            await self._link.close(keep=not fresh)
+            raise
+
+    @property
+    def filters(self) -> list[str]:
+        """What it subscribes to."""
+        return [*map(self._topics.subscribed, self._topics.stream), self._topics.marker]
+
+    # ------------------------------------------------------------------------------------------------- messages
+
+    async def _receive(self, message: Message) -> None:
+        topic = message.topic.value
+        payload = message.payload if isinstance(message.payload, bytes) else bytes(message.payload)
+        if topic == self._topics.marker:
+            self._link.acknowledge(message)
+            self._line_up(payload)
+            return
+        if self._watches and self._is_probe(topic, payload):
+            self._link.acknowledge(message)
+            return
+        self.counted += not message.retain
+        if self.mode is Mode.RUN:
+            await self._handle(message, topic, payload)
+        elif self.mode is Mode.WAIT or self._is_new(message, topic):
+            self._kept.append(message)
+        elif self.mode is Mode.DROP:
+            self._link.acknowledge(message)
+
+    async def _handle(self, message: Message, topic: str, payload: bytes) -> None:
+        self._idle.clear()
+        try:
+            rest = await self._take(topic, payload, message.retain)
+        finally:
+            self._idle.set()
+        if rest is None or len(self._unfinished) >= _UNACKNOWLEDGED:
+            self._link.acknowledge(message)
+        else:
+            self._unfinished.add(rest)
+            rest.add_done_callback(lambda done: self._finished(done, message))
+
+    def _finished(self, done: asyncio.Future[None], message: Message) -> None:
+        self._unfinished.discard(done)
+        if not done.cancelled():
+            self._link.acknowledge(message)
+
+    def _is_new(self, message: Message, topic: str) -> bool:
+        """Whether it is a retained message that nobody has handled, since nobody had subscribed to it."""
+        return (
+            self.mode is Mode.DROP
+            and bool(message.retain)
+            and not any(matches(each, topic) for each in self._heard_before)
+        )
+
+    def _line_up(self, token: bytes) -> None:
+        watch = self._watches.get(token)
+        if watch is None:
+            return
+        if watch.then is None:
+            self.counted = 0
+        else:
+            self.mode = watch.then
+        watch.seen.set()
+
+    def _is_probe(self, topic: str, payload: bytes) -> bool:
+        for watch in self._watches.values():
+            if watch.token in payload:
+                watch.probes.add(topic)
+                return True
+        return False
+
+    # ------------------------------------------------------------------------------------------------ the barrier
+
+    def watch(self, token: str, then: Mode | None = None) -> Watch:
+        """Look out for a token."""
+        watch = Watch(token, then)
+        self._watches[watch.token] = watch
+        return watch
+
+    def unwatch(self, watch: Watch) -> None:
+        """It isn't of interest any more."""
+        self._watches.pop(watch.token, None)
+
+    def go(self) -> None:
+        """Handle what was kept, in order, and then what comes."""
+        self.mode = Mode.WAIT  # what arrives meanwhile is kept, too, behind the rest
+        self._going = asyncio.create_task(self._handle_kept())
+
+    async def _handle_kept(self) -> None:
+        while self._kept and self.mode is Mode.WAIT:
+            message = self._kept.popleft()
+            try:
+                await self._handle(message, message.topic.value, bytes(message.payload))
+            except Exception:  # noqa: BLE001 - the next message is handled all the same
+                _log.exception("event=hsp-receive-failed")
+        if self.mode is Mode.WAIT:
+            self.mode = Mode.RUN
+
+    def kept(self) -> list[Message]:
+        """What was kept and is not going to be handled here; from here on nothing is kept."""
+        self.mode = Mode.STOP
+        kept = list(self._kept)
+        self._kept.clear()
+        return kept
+
+    # ---------------------------------------------------------------------------------------------------- leaving
+
+    async def halt(self) -> None:
+        """Begin nothing more, and wait for the message that is being handled, `drain_timeout_s` at most."""
+        self.mode = Mode.STOP
+        await self._drained(self._between_messages())
+
+    async def stop(self) -> None:
+        """Begin nothing more, and wait for all that was begun, `drain_timeout_s` at most."""
+        self.mode = Mode.STOP
+        await self._drained(self._at_rest())
+
+    async def _drained(self, done: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                await done
+        except TimeoutError:
+            _log.warning("event=hsp-unfinished seconds=%g", self._settings.drain_timeout_s)
+
+    async def _between_messages(self) -> None:
+        if self._going is not None:
+            await asyncio.wait({self._going})
+        await self._idle.wait()
+
+    async def _at_rest(self) -> None:
+        await self._between_messages()
+        while self._unfinished:
+            await asyncio.wait(set(self._unfinished))
+
+    async def withdraw(self, mark: Mark) -> None:
+        """Unsubscribe, and let all come that was on its way until then; nothing is begun after it. Raises `LinkError`."""
+        watch = self.watch(uuid.uuid4().hex, Mode.STOP)
+        try:
+            await self._link.unsubscribe(self.filters[:-1])
+            await mark(watch.token)
+            async with asyncio.timeout(self._settings.barrier_timeout_s):
+                await first(watch.seen, self.lost)
+        except TimeoutError:
+            raise BarrierError(f"{self._topics.marker} is not served") from None
+        finally:
+            self.unwatch(watch)
+        if not watch.seen.is_set():
+            raise LinkError(self.reason)
+
+    async def retire(self, mark: Mark) -> None:
+        """Unsubscribe, handle all that had come until then, and end. Raises `LinkError`, and then it has not ended.
+
+        For a session that has no successor: the broker, the name or the way of sharing changes.
+        """
+        await self.withdraw(mark)
+        await self.halt()
+        await self.end()
+
+    async def finish(self) -> None:
+        """It was lost: handle what has arrived. Should that be delivered again, it is known."""
+        await self._link.close(keep=True)
+
+    async def leave(self) -> None:
+        """Disconnect; what isn't acknowledged waits in the session."""
+        self.mode = Mode.STOP
+        await self._link.close(keep=True)
+
+    async def end(self) -> None:
+        """Disconnect, and have the broker drop the session."""
+        self.mode = Mode.STOP
+        await self._link.close(self.filters)
+
+
+async def first(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
