@@ -33,7 +33,8 @@ def serving(directory: Path, settings: str, workers: int = 1) -> Iterator[tuple[
 
 
 def connected(document: dict[str, Any]) -> bool:
-    return document["hsp"] == {"hsp_available": True, "is_connected": True, "fallback_enabled": False}
+    hsp: dict[str, Any] = document["hsp"]
+    return hsp == {"hsp_available": True, "is_connected": True, "fallback_enabled": False}
 
 
 def test_without_a_broker_it_says_so_and_works_in_the_process(tmp_path: Path) -> None:

@@ -194,7 +194,12 @@ class Line:
         self.sent: list[str] = []
         self.local: list[str] = []
         self.clock = Clock()
-        settings = {"host": "h", "ack_timeout_s": 1.0, "ack_retries": 3, "outbox_limit": 5} | more
+        settings: dict[str, Any] = {
+            "host": "h",
+            "ack_timeout_s": 1.0,
+            "ack_retries": 3,
+            "outbox_limit": 5,
+        } | more
         self.outbox = Outbox(
             HSPSettings(**settings),
             self.send,
@@ -216,7 +221,9 @@ def letter(topic: str = "t", requires_ack: bool = False) -> Letter:
 
 
 async def test_what_is_not_acknowledged_is_sent_again_with_back_off_and_given_up_in_the_end() -> None:
-    line, one, reasons, times = Line(), letter(requires_ack=True), [], []
+    line, one = Line(), letter(requires_ack=True)
+    reasons: list[str] = []
+    times: list[float] = []
     one.given_up = reasons.append
     await line.outbox.post(one)
     for tick in range(1, 400):
