@@ -10,7 +10,7 @@ Rejected: objects that carry out their own transitions (orders can't be tested w
 per generation (their state hides in stack frames, which nobody can list, copy or compare).
 
 `turn` is one step and what can be told to a worker; `succession` brings generations up, `promotion` makes one the
-current one, `staffing` keeps that at its number, and `retirement` is what becomes of the old ones; `swaps` replaces one
+current one, `probation` watches that for a while, `staffing` keeps that at its number, and `retirement` is what becomes of the old ones; `swaps` replaces one
 service in all workers, `handover` says whose services take work; `stopping` ends it all. `reports` is what workers say, and
 `overdue` what they, or others, don't.
 """
@@ -23,6 +23,7 @@ from segue.supervisor import (
     handover,
     operator_drain,
     overdue,
+    probation,
     promotion,
     reports,
     retirement,
@@ -59,6 +60,7 @@ def _conclude(turn: Turn) -> None:
     """What may have come to its end, or to its next step, by what happened, whatever that was."""
     operator_drain.check(turn)
     swaps.check(turn)
+    probation.check(turn)
     succession.check(turn)
     promotion.check(turn)
     retirement.check(turn)
@@ -113,7 +115,9 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.HandingOver, draining=reports.handing_over),
     **_row(m.WorkerDrained, draining=reports.drained),
     **_row(m.Parked, parked=reports.parked),
-    **_row(m.ResponsesCounted),
+    **_row(
+        m.ResponsesCounted, **dict.fromkeys((state.name.lower() for state in WorkerState), probation.counted)
+    ),
     **_row(m.StopTaken, stopping=reports.stop_taken),
     **_row(m.DrainTold, **dict.fromkeys(_CALLED, reports.drain_told)),
     **_row(m.SwapPrepared, **dict.fromkeys(_CALLED, swaps.prepared)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from segue.supervisor import handover, promotion, reports, retirement, staffing, stopping
+from segue.supervisor import handover, probation, promotion, reports, retirement, staffing, stopping
 from segue.supervisor import model as m
 from segue.supervisor.model import State, WorkerState
 from segue.supervisor.succession import PREPARE_TIMEOUT_S
@@ -18,7 +18,7 @@ _WATCHED = frozenset(
 
 def next_deadline(state: State) -> float | None:
     """When `TimePassed` is due next; None while nothing has a deadline."""
-    times = [state.stopping.deadline if state.stopping else None]
+    times = [state.stopping.deadline if state.stopping else None, probation.next_deadline(state)]
     times.append(state.swap.deadline if state.swap is not None else state.recover_at)
     for generation in state.generations.values():
         times += [generation.deadline, retirement.next_deadline(state, generation)]
@@ -40,6 +40,8 @@ def paused(turn: Turn, event: m.Paused) -> None:
         turn.state.stopping.deadline += shift
     if turn.state.swap is not None and turn.state.swap.deadline is not None:
         turn.state.swap.deadline += shift
+    if turn.state.probation is not None:
+        turn.state.probation.until += shift
     for generation in turn.state.generations.values():
         if generation.deadline is not None:
             generation.deadline = max(generation.deadline + shift, turn.now + PAUSE_GRACE_S)
@@ -122,6 +124,7 @@ def _check_heartbeat(turn: Turn, generation: m.Generation, worker: m.Worker) -> 
     reason = f"its event loop has been silent for {turn.now - worker.heard:.1f} s"
     if worker.state is WorkerState.ACTIVE and turn.serves(generation):
         worker.state = WorkerState.HUNG
+        probation.found(turn, generation, f"worker {worker.id}: {reason}")
         staffing.replace(turn, generation, worker, reason)
     elif reports.comes(turn, generation) and worker.state in {WorkerState.READY, WorkerState.ACTIVE}:
         promotion.fail(turn, generation, f"worker {worker.id}: {reason}")

@@ -12,8 +12,8 @@ at all; so is one whose workers don't have what was decided about services since
 from __future__ import annotations
 
 from segue.supervisor import model as m
-from segue.supervisor import retirement, staffing
-from segue.supervisor.model import GenerationState, PromoteKind, PromotePhase, Strategy, WorkerState
+from segue.supervisor import probation, retirement, staffing, swaps
+from segue.supervisor.model import GenerationState, Outcome, PromoteKind, PromotePhase, Strategy, WorkerState
 from segue.supervisor.turn import Turn
 
 _NEW = frozenset(
@@ -116,6 +116,7 @@ def begin(
 
 def check(turn: Turn) -> None:
     """The next step of the promote that runs, if its workers are so far."""
+    _go_back_if_breached(turn)
     promote = turn.state.promote
     if promote is None:
         return
@@ -126,6 +127,21 @@ def check(turn: Turn) -> None:
         serving = generation.having(frozenset({WorkerState.ACTIVE}))
         if len(serving) >= generation.wanted and not generation.having(frozenset({WorkerState.ACTIVATING})):
             _commit(turn, promote, generation)
+
+
+def _go_back_if_breached(turn: Turn) -> None:
+    """As soon as no other promote runs: that one may succeed, and then there is nothing to go back from any more."""
+    watch = turn.state.probation
+    if watch is None or not watch.breach or turn.state.promote is not None:
+        return
+    able = {generation.id: generation for generation in retirement.offered(turn.state)}
+    if watch.previous in able:
+        reason = f"segue goes back to generation {watch.previous}: {watch.breach}"
+        swaps.give_up(turn, reason)
+        begin(turn, able[watch.previous], PromoteKind.ROLLBACK, because=watch.breach)
+    else:
+        reason = f"{watch.breach}; generation {watch.previous} is no longer there to go back to"
+        probation.end(turn, Outcome.KEPT, reason)
 
 
 def _muster(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
@@ -143,8 +159,9 @@ def _muster(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
         turn.move(generation, GenerationState.ACTIVATING)
         generation.deadline = None
         turn.effects.append(m.Progress(promote.operations, PromotePhase.ACTIVATE))
+        watch = probation.watch_s(turn, generation)
         for worker in able:
-            turn.activate(generation, worker)
+            turn.activate(generation, worker, watch)
 
 
 def _able(turn: Turn, generation: m.Generation) -> list[m.Worker]:
@@ -156,17 +173,24 @@ def _able(turn: Turn, generation: m.Generation) -> list[m.Worker]:
     ]
 
 
+def is_complete(turn: Turn, generation: m.Generation) -> bool:
+    """Whether it could serve at once."""
+    return len(_able(turn, generation)) >= generation.wanted > 0
+
+
 def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     """All have confirmed: from here on this generation is the current one."""
     state = turn.state
     previous = state.generations[state.current] if state.current not in {None, generation.id} else None
     state.promote = None
+    back = promote.kind is PromoteKind.ROLLBACK
+    probation.end(turn, Outcome.ROLLED_BACK if back else Outcome.SUPERSEDED, promote.because)
     turn.move(generation, GenerationState.ACTIVE)
     state.current = generation.id
     state.recover_streak = generation.streak = 0
     generation.warm_until = generation.kept_until = generation.deadline = None
     turn.effects.append(m.Promoted(generation.id, previous.id if previous is not None else None))
-    if previous is not None and promote.kind is PromoteKind.ROLLBACK:
+    if previous is not None and back:
         turn.say("warning", "rolled-back", generation, None, previous=previous.id, reason=promote.because)
         state.drained_watch.pop(previous.id, None)  # what it took over from serves again
         turn.effects.append(m.RolledBack(previous.id, generation.id, promote.because))
@@ -179,22 +203,27 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     if previous is not None:
         if previous.scaled_at >= promote.asof:
             generation.target, generation.scaled_at = previous.target, turn.now
-        _relieve(turn, promote, previous, generation.limits)
+        _relieve(turn, promote, previous, generation)
     _watch_drained(turn, generation)
     staffing.fill(turn, generation)
 
 
-def _relieve(turn: Turn, promote: m.Promote, previous: m.Generation, limits: m.Limits) -> None:
+def _relieve(turn: Turn, promote: m.Promote, previous: m.Generation, generation: m.Generation) -> None:
     """The old one has done its duty, and is kept for a while; not so if it was found to be no good."""
+    limits = generation.limits
     previous.served_until = turn.now
     if previous.state is GenerationState.ACTIVE:
         retirement.drain(turn, previous)
     if promote.because:
         retirement.retire(turn, previous, "it was gone back from")
         return
+    watched = limits.probation if promote.is_watched else 0.0
     if limits.park_for > 0:
         previous.warm_until = turn.now + limits.park_for
-        previous.kept_until = previous.warm_until
+    if max(limits.park_for, watched) > 0:
+        previous.kept_until = turn.now + max(limits.park_for, watched)
+    if watched > 0:
+        probation.begin(turn, generation, previous, watched)
 
 
 def _watch_drained(turn: Turn, generation: m.Generation) -> None:
@@ -221,6 +250,8 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
         turn.first_failed |= promote.first
         if not promote.operations:
             turn.say("error", "not-promoted", generation, None, reason=reason, output=output)
+        if promote.because:
+            probation.end(turn, Outcome.KEPT, f"{promote.because}; going back has failed: {reason}")
     for operation in operations:
         turn.settle(operation, ok=False, reason=reason, output=output, generation=generation.id)
     generation.deadline = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from segue.supervisor import model as m
-from segue.supervisor import operator_drain, promotion, retirement, staffing
+from segue.supervisor import operator_drain, probation, promotion, retirement, staffing
 from segue.supervisor.model import GenerationState, Verb, WorkerState
 from segue.supervisor.turn import COMMAND_TIMEOUT_S, SLACK_S, STOPPING_CAUSE, Turn
 
@@ -164,6 +164,7 @@ def crashed(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Wor
     assert isinstance(event, m.WorkerExited)
     del generation.workers[worker.id]
     turn.say("error", "worker-died", generation, worker, reason=event.reason, output=event.output)
+    probation.found(turn, generation, f"worker {worker.id} {event.reason}")
     if comes(turn, generation):
         promotion.fail(turn, generation, f"worker {worker.id} {event.reason}", event.output)
     elif turn.serves(generation):
@@ -184,6 +185,8 @@ def ended(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Worke
     del generation.workers[worker.id]
     level = "info" if expected else "error"
     turn.say(level, "worker-ended", generation, worker, reason=event.reason, cause=worker.cause)
+    if not expected:
+        probation.found(turn, generation, f"worker {worker.id} {event.reason}")
     turn.hand_over_if_quiet(generation)
     staffing.fill(turn, generation)
 

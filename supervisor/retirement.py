@@ -97,9 +97,13 @@ def _check_kept(turn: Turn, generation: m.Generation) -> None:
 
 
 def _is_busy(state: m.State, generation: m.Generation) -> bool:
-    """Whether it is being promoted, or is the one that serves or will again unless that of another succeeds."""
-    promote = state.promote
-    return generation.id == state.current or (promote is not None and promote.generation == generation.id)
+    """Whether it is being promoted or will be, or is the one that serves or will again unless another's promote succeeds."""
+    promote, probation = state.promote, state.probation
+    return (
+        generation.id == state.current
+        or (promote is not None and promote.generation == generation.id)
+        or (probation is not None and probation.previous == generation.id and bool(probation.breach))
+    )
 
 
 def _is_warm(turn: Turn, generation: m.Generation) -> bool:

@@ -6,6 +6,7 @@ One function, `fill`, compares what there is with what is wanted; the others cha
 from __future__ import annotations
 
 from segue.supervisor import model as m
+from segue.supervisor import probation
 from segue.supervisor.model import WorkerState
 from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
@@ -40,7 +41,7 @@ def admit(turn: Turn) -> None:
             turn.terminate(current, worker, "a service was swapped while it started")
             turn.spawn(current, gated=True, replaces=replaces)
         else:
-            turn.activate(current, worker)
+            turn.activate(current, worker, probation.watch_s(turn, current))
 
 
 def fill(turn: Turn, generation: m.Generation) -> None:

@@ -334,6 +334,11 @@ class Promote:
     until: float | None = None
     """When the canary is over."""
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether what is promoted is on probation afterwards: it is new, and there is something to go back to."""
+        return self.kind is not PromoteKind.ROLLBACK and self.previous is not None
+
 
 class Outcome(enum.StrEnum):
     """How a probation ended."""
@@ -355,12 +360,14 @@ class Probation:
     previous: int
     """To which segue goes back."""
     until: float
-    since: Traffic
-    """What `generation` had answered when it began."""
-    before: Traffic
-    """From where on what `previous` has answered is compared with."""
+    since: tuple[int, int]
+    """What `generation` had answered when it began: responses, and 5xx among them."""
+    before: tuple[int, int]
+    """The same of `previous`, at the begin of what is compared."""
+    share_before: float = 0.0
+    """Of 5xx in what `previous` has answered since then."""
     breach: str = ""
-    """What was found wrong; it is gone back as soon as nothing stands in the way."""
+    """What was found wrong; it is gone back as soon as no other promote stands in the way."""
 
 
 @dataclass(slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from segue.supervisor import model as m
-from segue.supervisor import operator_drain, promotion, staffing, swaps
-from segue.supervisor.model import WorkerState
+from segue.supervisor import operator_drain, probation, promotion, staffing, swaps
+from segue.supervisor.model import Outcome, WorkerState
 from segue.supervisor.turn import SLACK_S, STARTING_IDLE, STOPPING_CAUSE, Turn
 
 _STOP_REASONS = {1: "it was not a clean stop", 3: "the first generation did not start"}
@@ -49,6 +49,7 @@ def _refuse_waiting(turn: Turn, reason: str) -> None:
     swaps.refuse_all(turn, reason)
     turn.state.recover_at = None
     operator_drain.end(turn, ok=False, reason=reason)
+    probation.end(turn, Outcome.STOPPED)
     for under_way in (turn.state.change, turn.state.promote):
         if under_way is not None:
             promotion.fail(turn, turn.state.generations[under_way.generation], reason)

@@ -153,8 +153,19 @@ def start_queued(turn: Turn) -> None:
 
 
 def recover_if_lost(turn: Turn) -> None:
-    """Nothing serves and the old code is gone from the disk: the code that is there is tried, again and again."""
-    if _is_lost(turn) and turn.state.recover_at is None:
+    """Nothing serves and its code is gone from the disk: the code that is there is tried, again and again.
+
+    If a generation is still warm, that one serves again.
+    """
+    if not _is_lost(turn):
+        return
+    for generation in retirement.offered(turn.state):
+        if promotion.is_complete(turn, generation):
+            because = f"nothing of generation {turn.state.current} serves, and its code is gone"
+            promotion.begin(turn, generation, PromoteKind.ROLLBACK, because=because)
+            promotion.check(turn)
+            return
+    if turn.state.recover_at is None:
         turn.state.recover_at = turn.now + backoff(turn.state.recover_streak)
         turn.state.recover_streak += 1
 

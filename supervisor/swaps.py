@@ -75,6 +75,11 @@ def refuse_all(turn: Turn, reason: str) -> None:
     queued, turn.state.swaps_queued = turn.state.swaps_queued, ()
     for event in queued:
         turn.settle(event.operation, ok=False, reason=reason)
+    give_up(turn, reason)
+
+
+def give_up(turn: Turn, reason: str) -> None:
+    """Something more urgent comes. What is decided goes on."""
     if turn.state.swap is not None and not turn.state.swap.decided:
         _refuse(turn, turn.state.swap, reason)
 

@@ -46,9 +46,10 @@ class Turn:
         budget: float = 0.0,
         mode: str | None = None,
         lead: bool = False,
+        watch: float = 0.0,
     ) -> None:
         """Call a worker."""
-        self.effects.append(m.Command(generation.id, worker.id, verb, timeout, budget, mode, lead))
+        self.effects.append(m.Command(generation.id, worker.id, verb, timeout, budget, mode, lead, watch))
 
     def settle(
         self,
@@ -120,13 +121,13 @@ class Turn:
         services = dict(self.state.services)
         self.effects.append(m.Spawn(generation.id, number, gated, self.state.drain_mode, services))
 
-    def activate(self, generation: m.Generation, worker: m.Worker) -> None:
-        """Let it accept connections, again if it has before."""
+    def activate(self, generation: m.Generation, worker: m.Worker, watch: float = 0.0) -> None:
+        """Let it accept connections, again if it has before; for `watch` seconds what it answers is watched."""
         worker.state, worker.cause, worker.handover_refused = WorkerState.ACTIVATING, "", False
         worker.deadline = self.now + self._busy_s(worker) + ACTIVATE_TIMEOUT_S + SLACK_S
         if worker.drain_mode != self.state.drain_mode:
             self.tell_drain(generation, worker)
-        self.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S)
+        self.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S, watch=watch)
 
     def tell_drain(self, generation: m.Generation, worker: m.Worker) -> None:
         """Tell it of the operator's drain."""

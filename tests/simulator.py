@@ -130,6 +130,9 @@ class Process:
     """How long what it has to finish takes."""
     drains: int = 0
     """How often it has begun to drain."""
+    responses: int = 0
+    errors: int = 0
+    """How many responses it has sent, and how many of them with 5xx."""
     unconfirmed: bool = False
     ready_seen: bool = False
     wants_recycling: bool = False
@@ -188,6 +191,10 @@ class World:
         self.spawned: dict[Key, float] = {}
         self.ended: Counter[Key] = Counter()
         self.promoted: list[int] = []
+        self.rolled_back: list[m.RolledBack] = []
+        self.probations: list[m.ProbationEnded] = []
+        self.went_back = False
+        """Whether what serves now was gone back to."""
         self.drained: list[int] = []
         self.harmed: set[int] = set()
         """Generations with a worker that crashed, hung or could not be spoken with."""
@@ -264,6 +271,16 @@ class World:
     def restore(self, generation: int) -> None:
         """The code of that generation is on the disk again."""
         self.code, self.behaviour, _ = self.releases[generation]
+
+    def respond(self, process: Process, count: int, errors: int = 0) -> None:
+        """It answers requests, and tells of it."""
+        process.responses += count
+        process.errors += errors
+        self._act(process, lambda: self._say_counts(process))
+        self._settle_queue()
+
+    def _say_counts(self, process: Process) -> None:
+        self._say(process, m.ResponsesCounted(*process.key, process.responses, process.errors))
 
     # -------------------------------------------------------------------------------------------- mishaps
 
@@ -449,6 +466,15 @@ class World:
                 if previous is not None:
                     self.superseded[previous] = self.now
                 self.promoted.append(generation)
+                back = [each for each in effects if isinstance(each, m.RolledBack)]
+                breached = before.probation is not None
+                assert not (breached and self.went_back and back), "to and fro by itself"
+                self.went_back = bool(back)
+            case m.RolledBack(generation, to):
+                assert self.promoted[-1] == to
+                self.rolled_back.append(effect)
+            case m.ProbationEnded():
+                self.probations.append(effect)
             case m.AllDrained(generation):
                 self.drained.append(generation)
             case m.Say(_, event):
@@ -694,6 +720,7 @@ class World:
                 process.leads = process.leads or command.lead
             case Verb.SERVICES_DEACTIVATE:
                 if self._has(process, "never deactivates"):
+                    process.deaf = True
                     return None
                 process.services_active = process.leads = False
         return ""
@@ -952,6 +979,7 @@ class Checks:
             self.kills,
             self.never_zero_serving,
             self.numbers,
+            self.probation,
             self.ways_on,
             self.one_lead,
             self.services_cease,
@@ -1113,6 +1141,25 @@ class Checks:
                 going = frozenset({WorkerState.STOPPING, WorkerState.KILLED})
                 if not current.having(going):
                     self.fail("the scaling waits for nothing")
+
+    def probation(self) -> None:
+        """Each ends once, and what it finds wrong is seen to at once; nobody is watched who was gone back to."""
+        before, after = self.before.probation, self.after.probation
+        ended = [each.generation for each in self.effects if isinstance(each, m.ProbationEnded)]
+        same = before is not None and after is not None and before.generation == after.generation
+        if ended != ([before.generation] if before is not None and not same else []):
+            self.fail(f"the probations of {ended} have ended")
+        if after is None:
+            return
+        if self.after.stopping is not None:
+            self.fail("a probation during a stop")
+        watched = {self.after.current, *self.coming()}
+        if after.generation not in watched or after.generation == after.previous:
+            self.fail("the wrong one is on probation")
+        if after.breach and self.after.promote is None:
+            self.fail("something was found wrong, and nothing is done about it")
+        if self.world.went_back and after.generation == self.after.current:
+            self.fail("what was gone back to is on probation")
 
     def way_of(self, generation: m.Generation) -> None:
         """What a generation waits for."""

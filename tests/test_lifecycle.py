@@ -43,9 +43,12 @@ class AnyOrder(RuleBasedStateMachine):
         ready=st.booleans(),
         services=st.sampled_from((True, True, True, False)),
         park_for=st.sampled_from((0.0, 10.0, 100.0)),
+        probation=st.sampled_from((0.0, 10.0, 100.0)),
     )
-    def start(self, workers: int, behaviour: str, ready: bool, services: bool, park_for: float) -> None:
-        limits = msgspec.structs.replace(LIMITS, park_for=park_for)
+    def start(
+        self, workers: int, behaviour: str, ready: bool, services: bool, park_for: float, probation: float
+    ) -> None:
+        limits = msgspec.structs.replace(LIMITS, park_for=park_for, probation=probation)
         self.world = World(workers, limits) if services else World(workers, limits, handover=None)
         self.world.behaviour = behaviour
         self.world.reload()
@@ -143,6 +146,11 @@ class AnyOrder(RuleBasedStateMachine):
     def hang_or_wake(self, number: int) -> None:
         if (process := self.pick(number)) is not None:
             (self.world.wake if process.hung else self.world.hang)(process)
+
+    @rule(number=picks, count=st.sampled_from((1, 30)), errors=st.sampled_from((0, 0, 1)))
+    def respond(self, number: int, count: int, errors: int) -> None:
+        if (process := self.pick(number)) is not None:
+            self.world.respond(process, count, errors * count)
 
     @rule(number=picks, work_s=st.sampled_from((0.0, 30.0, 1000.0)))
     def keep_busy(self, number: int, work_s: float) -> None:
