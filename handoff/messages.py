@@ -22,6 +22,10 @@ one that is lower than the highest that it knows, with `EPOCH_MEMBER` in its pro
 EPOCH_MEMBER = "epoch"
 
 
+LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the buckets in which a worker counts how long responses took."""
+
+
 class FdName(enum.StrEnum):
     """Names in a worker's ``LISTEN_FDNAMES`` that aren't those of a public listener."""
 
@@ -183,6 +187,71 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     probe_path: str | None = None
     """Where its application can be asked in private, from ready on; bound by the worker."""
     recycle: RecycleLimits = RecycleLimits()
+    figures_path: str | None = None
+    """Where the worker writes its `Figures` (`segue.handoff.figures`). Removed by the master."""
+    request_metrics: bool = True
+    """Count responses by status class, and how long they took."""
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What a worker has counted since its start. None of these numbers ever goes back."""
+
+    requests: int = 0
+    """Responses, as uvicorn counts them; also without request metrics."""
+    responses: dict[str, int] = {}
+    """Complete responses of the application by status class, ``1xx`` to ``5xx``; empty without request metrics. Counted
+    when a response is out whole. Among the ``4xx`` are what was no HTTP; WebSockets are not among them."""
+    rejected: int = 0
+    """Responses with 5xx that segue itself gave (what is marked, while an operator drains or the worker stops; a health
+    path that says no), which are not in `responses`."""
+    aborted: int = 0
+    """Requests that were not answered whole: the client left, or the application broke off."""
+    latency: tuple[int, ...] = ()
+    """How many responses took at most as long as each of `LATENCY_BOUNDS_S`, each counted once; last those that took longer."""
+    latency_s: float = 0.0
+    """The sum of their times: from the request's last header to the last byte given to the kernel's side."""
+    websockets: int = 0
+    """Connections that became a WebSocket, accepted by the application or not."""
+    accepted: int = 0
+    """Connections accepted from listeners."""
+    adopted: int = 0
+    """Connections taken over from other workers."""
+    handed_over: int = 0
+    closed: int = 0
+    """Connections that a drain had to close."""
+    held: int = 0
+    """Requests that an operator's drain made wait, whatever became of them."""
+    held_timed_out: int = 0
+    held_left: int = 0
+    """Those of `held` whose client did not wait."""
+    refused: int = 0
+    """Requests that an operator's drain or a stop refused without letting them wait, or while they waited."""
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """What a worker writes down twice a second (`segue.handoff.figures`)."""
+
+    pid: int
+    time: float
+    """Unix time at which it was written."""
+    since: float
+    """Unix time of its start."""
+    mode: WorkerMode
+    counts: Counts
+    connections: int
+    websockets: int
+    in_flight: int
+    tasks: int
+    waiting: int
+    """Requests that an operator's drain holds."""
+    loop_lag_s: float
+    """The longest that the event loop kept a timer waiting, of the last ten seconds or so."""
+    rss_bytes: int
+    cpu_s: float
+    """CPU time since its start."""
+    descriptors: int
+    leases: dict[str, int] = {}
+    """Of each service, those of retiring instances included."""
 
 
 class WorkerStatus(msgspec.Struct):
@@ -220,3 +289,13 @@ class WorkerStatus(msgspec.Struct):
     """What an operator's drain holds (``waiting``) and has held, and what it has rejected."""
     services: dict[str, dict[str, Any]] = {}
     """By name; see `segue.worker.services.report`."""
+    responses: dict[str, int] = {}
+    """As in `Counts`."""
+    rejected: int = 0
+    """As in `Counts`."""
+    websockets: int = 0
+    """Open ones."""
+    loop_lag_s: float = 0.0
+    """The longest that the event loop kept a timer waiting, of the last ten seconds or so."""
+    counts: Counts | None = None
+    """Everything that is counted since the worker's start."""

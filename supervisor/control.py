@@ -13,6 +13,7 @@ from collections.abc import Callable
 from segue.handoff.http import Request, Response, Router, json_response, problem, serve
 from segue.handoff.messages import HOT
 from segue.supervisor.master import Master
+from segue.supervisor.metrics import scrape
 from segue.supervisor.operations import Operation
 from segue.supervisor.status import status
 
@@ -22,7 +23,7 @@ MAX_SWAPS_WAITING = 100
 _NOT_FOR_SERVICES = frozenset({"*", "wait", "until"})
 """Query parameters of a swap that are ours; the others are the service's."""
 DRAIN_MODES = ("reject", "queue")
-_OPEN_TO_ALL = frozenset({"/livez", "/readyz", f"{HOT}/status"})
+_OPEN_TO_ALL = frozenset({"/livez", "/readyz", "/metrics", f"{HOT}/status"})
 _WAITING_FOR_START = "the first generation has not started yet"
 
 
@@ -36,6 +37,7 @@ class Control:
             {
                 ("GET", "/livez"): self._livez,
                 ("GET", "/readyz"): self._readyz,
+                ("GET", "/metrics"): self._metrics,
                 ("GET", f"{HOT}/status"): self._status,
                 ("GET", f"{HOT}/config"): self._config,
                 ("GET", f"{HOT}/operations/*"): self._operation,
@@ -118,6 +120,9 @@ class Control:
         else:
             why = "no worker of an active generation accepts"
         return problem(503, why, ready=False)
+
+    async def _metrics(self, request: Request) -> Response:
+        return await scrape(self._master, request.headers.get("accept", ""))
 
     async def _status(self, _: Request) -> Response:
         return json_response(await status(self._master))

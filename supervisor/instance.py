@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from segue.handoff import adoption
+from segue.handoff import adoption, figures
 
 CONTROL = "control.sock"
 NOTIFY = "notify.sock"
@@ -24,6 +24,7 @@ JOURNAL = "journal"
 _MAX_SOCKET_PATH = 107
 """Bytes in ``sun_path`` less the closing zero, unix(7)."""
 _LONGEST_NAME = len("g99999w9999.adopt")
+_FIGURES = re.compile(r"g([0-9]+)w([0-9]+)\.figures")
 _WORKER_SOCKET = re.compile(r"g([0-9]+)w([0-9]+)\.(?:sock|adopt)")
 
 
@@ -80,6 +81,15 @@ class Instance:
     def probe_socket(self, generation: int, worker: int) -> str:
         """Where the application of a worker can be asked in private."""
         return os.path.join(self.directory, f"g{generation}w{worker}.http")
+
+    def worker_figures(self, generation: int, worker: int) -> str:
+        """Where a worker writes its figures down; it outlives the worker."""
+        return os.path.join(self.directory, f"g{generation}w{worker}{figures.SUFFIX}")
+
+    def figures_keys(self) -> list[tuple[int, int]]:
+        """Generation and worker of those whose figures are there, whether they live or not."""
+        found = filter(None, map(_FIGURES.fullmatch, os.listdir(self.directory)))
+        return sorted((int(match[1]), int(match[2])) for match in found)
 
     def worker_keys(self) -> list[tuple[int, int]]:
         """Generation and worker of those whose sockets are there, whether they live or not."""

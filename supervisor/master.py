@@ -29,6 +29,7 @@ from segue.supervisor.mastership import snapshots as recalled
 from segue.supervisor.operations import Operation, Operations
 from segue.supervisor.snapshot import Snapshot
 from segue.supervisor.systemd import ServiceManager
+from segue.supervisor.totals import Totals
 from segue.supervisor.workers import Workers
 
 LATE_S = 1.0
@@ -112,6 +113,8 @@ class Master:
         self.operations.restore(mastership.known.operations, mastership.known.numbers.operation)
         for worker in mastership.found.workers:
             self.workers.adopt(worker, self.snapshots.get(worker.key[0]))
+        living = [worker.key for worker in mastership.found.workers]
+        self.totals = Totals(self.instance, mastership.known.totals, living)
         self._known = mastership.known
         self._settings_now = settings.settings
 
@@ -202,6 +205,8 @@ class Master:
             self._depose("the lock of this instance is somebody else's")
             return
         self.state, effects = lifecycle.step(self.state, event, time.monotonic())
+        if isinstance(event, model.WorkerExited):
+            self.totals.worker_ended((event.generation, event.worker))
         self._record()  # before anybody is told: what an effect begins must be known if it is cut short
         if isinstance(event, model.HandingOver) and not event.error:
             self._handed_over(event.generation)
@@ -218,6 +223,7 @@ class Master:
             self.workers.processes,
             self.operations.remembered(),
             self.operations.next_number,
+            self.totals.written,
         )
         error = self._journal.write(values)
         if error and error != self._journal_error:
@@ -424,6 +430,7 @@ class Master:
             case model.Released(generation, failed):
                 self._release(generation, failed)
             case model.Say(level, event, fields):
+                self.totals.happened(event, fields)
                 self.log(level, event, **fields)
             case model.Exit(status):
                 self.exit_status = status
@@ -490,6 +497,7 @@ class Master:
         if operation is None:
             return
         operation.settle(effect)
+        self.totals.operation_ended(operation)
         level = "info" if effect.ok else "error"
         fields = {
             "operation": operation.number,

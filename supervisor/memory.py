@@ -19,6 +19,7 @@ from segue.handoff.messages import ListenerInfo, ServiceRecord
 from segue.supervisor import settings as config
 from segue.supervisor.model import State, WorkerState
 from segue.supervisor.snapshot import Snapshot
+from segue.supervisor.totals import Written
 
 _T = TypeVar("_T")
 _TAKES_WORK = frozenset({WorkerState.ACTIVATING, WorkerState.ACTIVE})
@@ -104,6 +105,7 @@ class Memory(msgspec.Struct):
     services: dict[str, ServiceRecord] = {}
     generations: dict[int, Generation] = {}
     operations: dict[int, dict[str, Any]] = {}
+    totals: Written | None = None
 
 
 _GENERATION = "generation/"
@@ -120,6 +122,7 @@ def recall(values: dict[str, bytes]) -> Memory:
         services=_decode(values.get("services"), dict[str, ServiceRecord]) or {},
         current=_decode(values.get("current"), int),
         drain_mode=_decode(values.get("drain_mode"), str),
+        totals=_decode(values.get("totals"), Written),
     )
     for key, data in values.items():
         kind, _, number = key.rpartition("/")
@@ -154,6 +157,7 @@ class Writer:
         processes: dict[tuple[int, int], tuple[int, int]],
         operations: dict[int, dict[str, Any]],
         next_operation: int,
+        totals: Written,
     ) -> dict[str, Any]:
         """What is to be in the journal. `processes` are pid and start time, by generation and worker."""
         self._sources = {number: known for number, known in self._sources.items() if number in snapshots}
@@ -166,6 +170,7 @@ class Writer:
             "promote": self._promote_of(state),
             "swap": undecided and Swap(undecided.operation, undecided.service, undecided.version),
             "services": state.services,
+            "totals": totals,
         }
         wall = time.time() - time.monotonic()
         for number, generation in state.generations.items():

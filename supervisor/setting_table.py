@@ -301,6 +301,13 @@ TABLE: tuple[Setting, ...] = (
         metavar="PATH",
     ),
     _text("health-path", _HEALTH, "Answer readiness on this path of the public listeners.", metavar="PATH"),
+    _switch(
+        "request-metrics",
+        _HEALTH,
+        "Count responses by status class and time them, for the metrics.",
+        default=True,
+        form=Form.PAIR,
+    ),
     _text(
         "admin",
         _HEALTH,

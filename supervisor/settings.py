@@ -71,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_timeout: float
     warm_up: tuple[str, ...]
     health_path: str | None
+    request_metrics: bool
     admin: str | None
     """Written as a bind."""
     token_file: str | None
@@ -150,6 +151,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         heartbeat_timeout=values["heartbeat-timeout"],
         warm_up=values["warm-up"],
         health_path=values["health-path"],
+        request_metrics=values["request-metrics"],
         admin=checks.settle_admin(given, binds, base_dir),
         token_file=values["token-file"],
         stop_delay=values["stop-delay"],

@@ -75,6 +75,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             notify_socket=instance.notify,
             master_socket=instance.control,
             control_path=instance.worker_socket(generation, worker),
+            figures_path=instance.worker_figures(generation, worker),
             heartbeat_s=settings.heartbeat_timeout / HEARTBEATS_PER_TIMEOUT,
             idle_grace_s=settings.idle_grace,
             stop_timeout_s=settings.timeout_graceful_shutdown,
@@ -89,6 +90,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             queue_timeout_s=settings.queue_timeout,
             probe_path=instance.probe_socket(generation, worker),
             recycle=_recycle_limits(settings),
+            request_metrics=settings.request_metrics,
         )
 
 

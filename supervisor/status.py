@@ -22,6 +22,7 @@ _RELOADS_SHOWN = 20
 _COUNTED = frozenset({WorkerMode.READY, WorkerMode.ACTIVE})
 """The modes of workers whose services count as those of the current generation."""
 
+_NOT_SHOWN = frozenset({"pid", "generation", "worker", "counts"})
 _UNKNOWN: dict[str, Any] = {
     "rss_bytes": None,
     "cpu_percent": None,
@@ -63,6 +64,16 @@ async def status(master: Master) -> dict[str, Any]:
         "reloads": [_reload(o.document()) for o in master.operations.last("reload", _RELOADS_SHOWN)],
         "listeners": listeners(master),
     }
+
+
+async def services_of_current(master: Master) -> dict[str, Any]:
+    """What the workers of the current generation say of their services, as one, by name."""
+    children = master.workers.children
+    paths = [child.process.control_path for key, child in children.items() if key[0] == master.state.current]
+    answers = await asyncio.gather(*map(_ask, paths))
+    told = [each for each in answers if isinstance(each, WorkerStatus) and each.mode in _COUNTED]
+    services: dict[str, Any] = merge(each.services for each in told)["services"]
+    return services
 
 
 def listeners(master: Master) -> list[dict[str, Any]]:
@@ -116,9 +127,7 @@ def _worker(
     if isinstance(told, str):
         return document | _UNKNOWN | {"unknown_because": told}
     figures = msgspec.to_builtins(told)
-    return document | {
-        key: value for key, value in figures.items() if key not in {"pid", "generation", "worker"}
-    }
+    return document | {key: value for key, value in figures.items() if key not in _NOT_SHOWN}
 
 
 def _reload(document: dict[str, Any]) -> dict[str, Any]:

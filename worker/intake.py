@@ -91,6 +91,7 @@ class Intake:
         self._complained = -_COMPLAIN_EVERY_S
         self.alone = False
         """Whether no other worker reads the relay: then there is nobody to leave anything to."""
+        self.accepted = 0
         self.adopted = 0
         self.max_stall_s = 0.0
 
@@ -192,6 +193,7 @@ class Intake:
                 self._pause(str(error))
                 return
             sock.setblocking(False)
+            self.accepted += 1
             self._make(sock, self._factories[listener.info.name], tls=True)
 
     def _make(self, sock: socket.socket, factory: Callable[[], Protocol], tls: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from segue.handoff.http import CallError, Response, call, json_response, problem
 from segue.handoff.messages import HOT
+from segue.worker.responses import mark_own
 
 _MAX_BODY_BYTES = 64 * 1024
 _DEFAULT_WAIT_S = 300.0
@@ -42,6 +43,7 @@ def wrap(
     digest = b"" if token is None else token_digest(token)
 
     async def own(scope: Any, receive: Receive, send: Send) -> None:
+        mark_own(scope)
         path: str = scope["path"]
         if path == health:
             reason = unhealthy()

@@ -28,6 +28,7 @@ import msgspec
 from segue.handoff.http import PROBLEM, problem
 from segue.handoff.messages import HOT
 from segue.worker.replay import Replay
+from segue.worker.responses import mark_own
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection, Request
@@ -204,7 +205,10 @@ async def _ask(gate: Gate, scope: Scope, receive: Receive) -> tuple[Refusal | No
         return None, receive
     place = gate.enter()
     if place.done():
-        return place.result(), receive
+        refusal = place.result()
+        if refusal is not None:
+            mark_own(scope)
+        return refusal, receive
     replay = Replay(receive, functools.partial(gate.leave, place))
     try:
         refusal = await place
@@ -215,6 +219,8 @@ async def _ask(gate: Gate, scope: Scope, receive: Receive) -> tuple[Refusal | No
     replay.stop()
     if refusal is None:
         scope[_PASSED] = True
+    else:
+        mark_own(scope)
     return refusal, replay
 
 

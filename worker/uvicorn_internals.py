@@ -1,6 +1,6 @@
-"""All that segue knows of uvicorn's inside, and nothing of it anywhere else but in `segue.worker.idle`.
+"""All that segue knows of uvicorn's inside, and nothing of it anywhere else but in `segue.worker.idle` and `.responses`.
 
-uvicorn's protocols are used as they are: nothing is subclassed, so a request runs through exactly the code that it runs
+uvicorn's protocols are used as they are: none is subclassed, so a request runs through exactly the code that it runs
 through under `uvicorn`. What is read or set on them is listed in `_EXPECTED`; `check_contract` says clearly when
 a release has it no longer. Tested with uvicorn 0.54 (see the bounds in pyproject.toml).
 """
@@ -13,6 +13,7 @@ import functools
 import inspect
 import termios
 import time
+import types
 from collections.abc import Callable, Collection, Iterator
 from email.utils import formatdate
 from typing import Any, TypeAlias
@@ -210,10 +211,12 @@ def watch_responses(protocol: Protocol, completed: Callable[[Protocol], None]) -
     """Call `completed` after each response of this connection, from the one that is under way on."""
     original = protocol.on_response_complete
 
-    def on_response_complete() -> None:
+    def complete(_: Protocol) -> None:
         original()
         completed(protocol)
 
+    # a method, too, from which `segue.worker.responses` knows the protocol
+    on_response_complete = types.MethodType(complete, protocol)
     protocol.on_response_complete = on_response_complete
     for cycle in open_cycles(protocol):
         cycle.on_response = on_response_complete

@@ -21,9 +21,11 @@ import uvicorn
 
 from segue.handoff import descriptors
 from segue.handoff.http import serve
-from segue.handoff.messages import FdName, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
+from segue.handoff.messages import FdName, Figures, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
 from segue.worker import public, usage
+from segue.worker.accounts import Accounts
 from segue.worker.adoption import Adoption
+from segue.worker.counting import Counting
 from segue.worker.drain import Drain, cut
 from segue.worker.endpoints import Refused, handler
 from segue.worker.events import Stage, WorkerInfo
@@ -38,7 +40,6 @@ from segue.worker.uvicorn_internals import (
     Http,
     Protocol,
     close,
-    in_flight,
     is_busy,
     is_unsent,
     open_cycles,
@@ -120,6 +121,10 @@ class Worker:
         self._drain = Drain(
             self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s
         )
+        self._counting = Counting(
+            config, self._http, self._intake, self._drain, services, spec.request_metrics
+        )
+        self._accounts = Accounts(spec.figures_path, self.figures, self._loop)
         self._master_gone = False
         self._parked_until = 0.0
         self._park_end: asyncio.TimerHandle | None = None
@@ -164,6 +169,7 @@ class Worker:
         finally:
             if self._ticker is not None:
                 self._ticker.cancel()
+            self._accounts.close()
             self._loop.remove_reader(self._lifeline)
             self.adoption.close()
             control.close()
@@ -211,6 +217,7 @@ class Worker:
             await self._on_ready()
             self._recycling.begin()
             self._telling.handover_s = self.services.handover_s
+            self._accounts.start()
             self._set_mode(WorkerMode.READY)
 
     def _tick(self) -> None:
@@ -340,37 +347,47 @@ class Worker:
     def _refusal(self) -> Refused:
         return Refused(f"worker {self._spec.worker} of generation {self._spec.generation} is {self.mode}")
 
+    def figures(self) -> Figures:
+        """What can be said in a moment."""
+        return self._counting.figures(self.mode, self._since, self._accounts.lag_s)
+
     def status(self) -> WorkerStatus:
         """Everything that can be said of this worker now."""
-        state, handover = self._http.state, self._drain.handover
+        figures, handover = self.figures(), self._drain.handover
+        counts = figures.counts
         return WorkerStatus(
-            pid=os.getpid(),
+            pid=figures.pid,
             generation=self._spec.generation,
             worker=self._spec.worker,
             mode=self.mode,
             draining=self.operator_drain is not None,
-            connections=len(state.connections) + self._intake.pending,
-            requests_total=state.total_requests,
-            in_flight=in_flight(state.connections),
-            tasks=len(state.tasks),
-            handed_over=handover.sent,
-            adopted=self._intake.adopted,
-            closed=self._drain.closed,
+            connections=figures.connections,
+            requests_total=counts.requests,
+            in_flight=figures.in_flight,
+            tasks=figures.tasks,
+            handed_over=counts.handed_over,
+            adopted=counts.adopted,
+            closed=counts.closed,
             sending_s=handover.sending_s,
             max_stall_s=max(handover.max_stall_s, self._intake.max_stall_s),
             handover_cpu_s=handover.cpu_s,
-            rss_bytes=usage.rss_bytes(),
+            rss_bytes=figures.rss_bytes,
             cpu_percent=self._cpu.percent(),
-            since=self._since,
+            since=figures.since,
             listeners=self._intake.addresses,
             probe=self._probe.path,
             queue={
-                "waiting": gate.waiting,
-                "queued_total": gate.queued_total,
-                "rejected_total": gate.rejected_total,
-                "timed_out_total": gate.timed_out_total,
-                "left_total": gate.left_total,
+                "waiting": figures.waiting,
+                "queued_total": counts.held,
+                "rejected_total": counts.refused,
+                "timed_out_total": counts.held_timed_out,
+                "left_total": counts.held_left,
             },
+            responses=counts.responses,
+            rejected=counts.rejected,
+            websockets=figures.websockets,
+            loop_lag_s=figures.loop_lag_s,
+            counts=counts,
         )
 
     # Its end

@@ -74,6 +74,15 @@ class Hosted:
             versions={unit.name: unit.version for unit in running.units.values()},
         )
 
+    def leases(self) -> dict[str, int]:
+        """How many are out, by name; those on instances that retire are counted with them."""
+        if self._running is None:
+            return {}
+        return {
+            unit.name: sum(each.leases for each in (unit.slot.current, *unit.retiring) if each is not None)
+            for unit in self._running.units.values()
+        }
+
     async def report(self) -> dict[str, dict[str, Any]]:
         """By name."""
         return {} if self._reporter is None else await self._reporter.report()

@@ -1,0 +1,98 @@
+"""A worker's figures, put together: what its status says, and what it writes down (`segue.worker.accounts`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import msgspec
+import uvicorn
+
+from segue.handoff import descriptors
+from segue.handoff.messages import Counts, Figures, WorkerMode
+from segue.worker import usage
+from segue.worker.drain import Drain
+from segue.worker.gate import gate
+from segue.worker.intake import Intake
+from segue.worker.responses import Responses, watch
+from segue.worker.services.hosted import Hosted
+from segue.worker.uvicorn_internals import Http, in_flight
+
+_log = logging.getLogger("segue.worker")
+
+
+class Counting:
+    """The counters of one worker."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        http: Http,
+        intake: Intake,
+        drain: Drain,
+        services: Hosted,
+        requests: bool,
+    ) -> None:
+        """`requests`: count responses, too, which has to be decided before the first connection is made."""
+        self._http, self._intake, self._drain, self._services = http, intake, drain, services
+        self._responses: Responses | None = None
+        self._aborted = 0
+        if requests:
+            responses = Responses()
+            if watch(config, responses):
+                self._responses = responses
+            else:
+                reason = f"responses of {config.http_protocol_class.__qualname__} can't be counted"
+                _log.warning("event=not-counted reason=%r", reason)
+
+    def figures(self, mode: WorkerMode, since: float, lag_s: float) -> Figures:
+        """Everything that can be said in a moment."""
+        state, responses = self._http.state, self._responses
+        being_answered = in_flight(state.connections)
+        return Figures(
+            pid=os.getpid(),
+            time=time.time(),
+            since=since,
+            mode=mode,
+            counts=self._counts(being_answered),
+            connections=len(state.connections) + self._intake.pending,
+            websockets=0 if responses is None else responses.websockets - responses.websockets_lost,
+            in_flight=being_answered,
+            tasks=len(state.tasks),
+            waiting=gate.waiting,
+            loop_lag_s=lag_s,
+            rss_bytes=usage.rss_bytes(),
+            cpu_s=round(time.process_time(), 3),
+            descriptors=descriptors.in_use(),
+            leases=self._services.leases(),
+        )
+
+    def _counts(self, being_answered: int) -> Counts:
+        responses = self._responses
+        counts = Counts(
+            requests=self._http.state.total_requests,
+            accepted=self._intake.accepted,
+            adopted=self._intake.adopted,
+            handed_over=self._drain.handover.sent,
+            closed=self._drain.closed,
+            held=gate.queued_total,
+            held_timed_out=gate.timed_out_total,
+            held_left=gate.left_total,
+            refused=gate.rejected_total,
+        )
+        if responses is None:
+            return counts
+        unfinished = responses.begun - responses.completed - being_answered
+        self._aborted = max(
+            self._aborted, unfinished
+        )  # it doesn't go back, whatever ends while it is looked at
+        return msgspec.structs.replace(
+            counts,
+            responses=responses.by_class(),
+            rejected=responses.rejected,
+            aborted=self._aborted,
+            latency=tuple(responses.latency),
+            latency_s=round(responses.seconds, 6),
+            websockets=responses.websockets,
+        )

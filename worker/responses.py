@@ -1,0 +1,187 @@
+"""Responses, counted at one point: when they are complete.
+
+uvicorn keeps a response's status nowhere, so its class of a request and its response is replaced, in uvicorn's own module,
+by one that notes it, and the callback of a complete response is put into one that counts, in place: the protocols stay
+the classes that they are, which is what the proof of `segue.worker.idle` stands on. Only while request metrics are on.
+
+What a request pays is one more call when it begins, one for each message of its response and two at its end, 1 µs together.
+Rejected, since measured or wrong: a wrapper around the application (it misses the 500 and 503 that uvicorn answers by
+itself, and to know how an application ended costs a coroutine); a callback of its own for each request (a third dearer);
+counting when the last message is sent, not when it is out (an answer that fails then would count).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Coroutine, Iterator, MutableMapping
+from typing import Any, TypeAlias
+
+from segue.handoff.messages import LATENCY_BOUNDS_S
+
+Cycle: TypeAlias = Any
+"""uvicorn's RequestResponseCycle: one request and its response."""
+
+_OWN = "segue.own"
+"""In the scope of a request that segue itself answers."""
+_CYCLE = "RequestResponseCycle"
+_COMPLETE = "on_response_complete"
+_UVICORN = "uvicorn.protocols.http."
+_LARGEST_CLASS = 9
+
+
+class Responses:
+    """What one worker has answered since its start. Nothing here ever goes back."""
+
+    def __init__(self) -> None:
+        self.classes = [0] * (_LARGEST_CLASS + 1)
+        """Complete responses by the first digit of their status, without `rejected`."""
+        self.rejected = 0
+        """5xx that segue itself answered: a drain, a stop, a health path that says no."""
+        self.latency = [0] * (len(LATENCY_BOUNDS_S) + 1)
+        """How many took at most so long (`LATENCY_BOUNDS_S`), each counted once; the last: longer."""
+        self.seconds = 0.0
+        """The sum of their times."""
+        self.begun = 0
+        """Requests that were given to the application, or to what answers for it."""
+        self.malformed = 0
+        """Of the 4xx, those that were no request at all: there was nothing to be timed."""
+        self.websockets = 0
+        """Connections that became a WebSocket."""
+        self.websockets_lost = 0
+        """Those of them that are no more."""
+
+    def count_malformed(self) -> None:
+        """Something that was no request is answered with 400."""
+        self.malformed += 1
+        self.classes[4] += 1
+
+    def count_websocket(self) -> None:
+        """A connection becomes a WebSocket."""
+        self.websockets += 1
+
+    def count_lost_websocket(self) -> None:
+        """And is no more."""
+        self.websockets_lost += 1
+
+    @property
+    def completed(self) -> int:
+        """Requests that were answered."""
+        return sum(self.classes) + self.rejected - self.malformed
+
+    def by_class(self) -> dict[str, int]:
+        """`classes` by name, 1xx to 5xx."""
+        return {f"{digit}xx": self.classes[digit] for digit in range(1, 6)}
+
+
+def mark_own(scope: MutableMapping[str, Any]) -> None:
+    """Say that what answers this request is segue, not the application.
+
+    The state is shared by the copies that an application's middleware makes of a scope; where there is none, the
+    scope itself is marked.
+    """
+    state = scope.get("state")
+    (scope if state is None else state)[_OWN] = True
+
+
+def _is_own(scope: MutableMapping[str, Any]) -> bool:
+    return _OWN in scope or _OWN in (scope.get("state") or ())
+
+
+def watch(config: Any, responses: Responses) -> bool:
+    """Count what connections that are made from now on answer; False if `config`'s protocol doesn't let itself be counted.
+
+    `config` is a loaded ``uvicorn.Config``.
+    """
+    protocol, websocket = config.http_protocol_class, config.ws_protocol_class
+    found = False
+    for module in _modules(protocol):
+        cycle = getattr(module, _CYCLE)
+        setattr(module, _CYCLE, _noting(getattr(cycle, "segue_counts", cycle), responses))
+        for cls in vars(module).values():
+            if isinstance(cls, type) and _COMPLETE in vars(cls):
+                _wrap(cls, _COMPLETE, functools.partial(_counting, responses))
+                _wrap(cls, "send_400_response", functools.partial(_before, responses.count_malformed))
+                found = True
+    _wrap(websocket, "connection_made", functools.partial(_before, responses.count_websocket))
+    _wrap(websocket, "connection_lost", functools.partial(_before, responses.count_lost_websocket))
+    return found
+
+
+def _modules(protocol_class: type) -> Iterator[Any]:
+    """Those in which protocols look their cycle up: of the class, of its bases, and what uvicorn has to choose from."""
+    names = dict.fromkeys(base.__module__ for base in protocol_class.__mro__)
+    if protocol_class.__module__.startswith(_UVICORN):
+        names |= dict.fromkeys(name for name in sys.modules if name.startswith(_UVICORN))
+    for name in names:
+        if hasattr(sys.modules[name], _CYCLE):
+            yield sys.modules[name]
+
+
+def _noting(cycle_class: type[Cycle], responses: Responses) -> type[Cycle]:
+    """A subclass of uvicorn's class that notes what is known only while a request is answered."""
+    run_asgi, send, clock = cycle_class.run_asgi, cycle_class.send, time.perf_counter
+
+    def begin(self: Cycle, app: Any) -> Coroutine[Any, Any, None]:
+        responses.begun += 1
+        self.segue_begun = clock()
+        # the protocol; `cycle` of it may be one that waits behind this
+        self.on_response.__self__.segue_answers = self
+        return run_asgi(self, app)  # type: ignore[no-any-return]
+
+    def note(self: Cycle, message: Any) -> Coroutine[Any, Any, None]:
+        if "status" in message:
+            self.segue_status = message["status"]
+        return send(self, message)  # type: ignore[no-any-return]
+
+    members = {"run_asgi": begin, "send": note, "segue_status": 0, "segue_counts": cycle_class}
+    return type(cycle_class.__name__, (cycle_class,), members | {"__module__": cycle_class.__module__})
+
+
+def _counting(responses: Responses, complete: Callable[..., None]) -> Callable[..., None]:
+    """A protocol's `on_response_complete` that counts."""
+    clock, bounds, first = time.perf_counter, LATENCY_BOUNDS_S, LATENCY_BOUNDS_S[0]
+    classes, latency = responses.classes, responses.latency
+
+    def count(cycle: Cycle) -> None:
+        seconds = clock() - cycle.segue_begun
+        latency[0 if seconds <= first else bisect_left(bounds, seconds)] += 1
+        responses.seconds += seconds
+        status = cycle.segue_status
+        if status >= 500 and _is_own(cycle.scope):
+            responses.rejected += 1
+        else:
+            classes[status // 100] += 1
+
+    def on_response_complete(self: Any) -> None:
+        count(self.segue_answers)
+        complete(self)
+
+    def on_stream_complete(self: Any, stream: int) -> None:
+        cycle = self.cycles.get(stream)
+        if cycle is not None and cycle.response_complete:  # it is called also for what has broken off
+            count(cycle)
+        complete(self, stream)
+
+    return on_response_complete if len(inspect.signature(complete).parameters) == 1 else on_stream_complete
+
+
+def _before(count: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any) -> Any:
+        count()
+        return method(*args)
+
+    return counted
+
+
+def _wrap(cls: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a method of a class into another, in place: the class stays the one that it is."""
+    method = getattr(cls, name, None)
+    if method is not None:
+        method = getattr(method, "segue_counts", method)
+        wrapped = functools.wraps(method)(wrap(method))
+        wrapped.segue_counts = method  # type: ignore[attr-defined]
+        setattr(cls, name, wrapped)
