@@ -197,10 +197,10 @@ class Counts(msgspec.Struct, frozen=True):
     """What a worker has counted since its start. None of these numbers ever goes back."""
 
     requests: int = 0
-    """Responses, as uvicorn counts them; also without request metrics."""
+    """Public responses, as uvicorn counts them; also without request metrics."""
     responses: dict[str, int] = {}
     """Complete responses of the application by status class, ``1xx`` to ``5xx``; empty without request metrics. Counted
-    when a response is out whole. Among the ``4xx`` are what was no HTTP; WebSockets are not among them."""
+    when a response is out whole. Among the ``4xx`` are what was no HTTP; what was asked on the private socket counts, too; WebSockets don't."""
     rejected: int = 0
     """Responses with 5xx that segue itself gave (what is marked, while an operator drains or the worker stops; a health
     path that says no), which are not in `responses`."""

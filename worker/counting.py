@@ -28,14 +28,17 @@ class Counting:
     def __init__(
         self,
         config: uvicorn.Config,
-        http: Http,
+        https: tuple[Http, ...],
         intake: Intake,
         drain: Drain,
         services: Hosted,
         requests: bool,
     ) -> None:
-        """`requests`: count responses, too, which has to be decided before the first connection is made."""
-        self._http, self._intake, self._drain, self._services = http, intake, drain, services
+        """`https`: what is public, and then what is private. `requests`: count responses, too.
+
+        That has to be decided before the first connection is made.
+        """
+        self._https, self._intake, self._drain, self._services = https, intake, drain, services
         self._responses: Responses | None = None
         self._aborted = 0
         if requests:
@@ -48,17 +51,16 @@ class Counting:
 
     def figures(self, mode: WorkerMode, since: float, lag_s: float) -> Figures:
         """Everything that can be said in a moment."""
-        state, responses = self._http.state, self._responses
-        being_answered = in_flight(state.connections)
+        state, responses = self._https[0].state, self._responses
         return Figures(
             pid=os.getpid(),
             time=time.time(),
             since=since,
             mode=mode,
-            counts=self._counts(being_answered),
+            counts=self._counts(),
             connections=len(state.connections) + self._intake.pending,
             websockets=0 if responses is None else responses.websockets - responses.websockets_lost,
-            in_flight=being_answered,
+            in_flight=in_flight(state.connections),
             tasks=len(state.tasks),
             waiting=gate.waiting,
             loop_lag_s=lag_s,
@@ -68,10 +70,10 @@ class Counting:
             leases=self._services.leases(),
         )
 
-    def _counts(self, being_answered: int) -> Counts:
+    def _counts(self) -> Counts:
         responses = self._responses
         counts = Counts(
-            requests=self._http.state.total_requests,
+            requests=self._https[0].state.total_requests,
             accepted=self._intake.accepted,
             adopted=self._intake.adopted,
             handed_over=self._drain.handover.sent,
@@ -83,10 +85,10 @@ class Counting:
         )
         if responses is None:
             return counts
-        unfinished = responses.begun - responses.completed - being_answered
-        self._aborted = max(
-            self._aborted, unfinished
-        )  # it doesn't go back, whatever ends while it is looked at
+        begun = responses.begun - responses.completed
+        unfinished = begun and begun - sum(in_flight(http.state.connections) for http in self._https)
+        # it doesn't go back, whatever ends while it is looked at
+        self._aborted = max(self._aborted, unfinished)
         return msgspec.structs.replace(
             counts,
             responses=responses.by_class(),

@@ -122,7 +122,7 @@ class Worker:
             self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s
         )
         self._counting = Counting(
-            config, self._http, self._intake, self._drain, services, spec.request_metrics
+            config, (self._http, self._probe.http), self._intake, self._drain, services, spec.request_metrics
         )
         self._accounts = Accounts(spec.figures_path, self.figures, self._loop)
         self._master_gone = False
