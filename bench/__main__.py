@@ -26,6 +26,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
     "master": "memory, idle CPU and 200 reloads in a row",
     "start": "how much later than uvicorn a worker starts",
+    "dev": "development mode: from a save to the new code",
     "throughput": "requests/s beside uvicorn (needs wrk)",
     "services": "leases, and swaps under streams",
     "idle": "10,000 idle connections over a reload",

@@ -12,7 +12,7 @@ import contextlib
 import socket
 import struct
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -49,6 +49,8 @@ class Response(msgspec.Struct, frozen=True):
     body: bytes = b""
     content_type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
+    stream: AsyncIterator[bytes] | None = None
+    """Instead of `body`: what is sent piece by piece, until it ends or the caller leaves."""
 
     def json(self) -> Any:
         """The body decoded; raises `msgspec.DecodeError` when it isn't JSON."""
@@ -131,6 +133,9 @@ async def _serve_connection(
         if request is None:
             return
         response = await handler(request)
+        if response.stream is not None:
+            await _stream(reader, writer, connection, response, response.stream)
+            return
         await _write(writer, connection, response)
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
@@ -196,6 +201,37 @@ async def _write(
     await writer.drain()
 
 
+async def _stream(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    connection: h11.Connection,
+    response: Response,
+    pieces: AsyncIterator[bytes],
+) -> None:
+    """Send what comes for as long as somebody is there to read it; the connection ends with it."""
+    headers = [*response.headers, ("Content-Type", response.content_type), ("Connection", "close")]
+    writer.write(connection.send(h11.Response(status_code=response.status, headers=headers)) or b"")
+    await writer.drain()
+
+    async def send() -> None:
+        async for piece in pieces:
+            writer.write(connection.send(h11.Data(data=piece)) or b"")
+            await writer.drain()
+        writer.write(connection.send(h11.EndOfMessage()) or b"")
+        await writer.drain()
+
+    sending = asyncio.ensure_future(send())
+    gone = asyncio.ensure_future(reader.read())  # whatever else it sends is not waited for
+    try:
+        await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if sending.done():
+            sending.result()
+    finally:
+        sending.cancel()
+        gone.cancel()
+        await asyncio.gather(sending, gone, return_exceptions=True)
+
+
 def _peer(writer: asyncio.StreamWriter) -> tuple[int | None, int | None]:
     sock = writer.get_extra_info("socket")
     if sock is None or sock.family != socket.AF_UNIX:
@@ -230,6 +266,41 @@ async def call(
         raise CallError(f"{method} {target}: no answer from {path} within {timeout_s:g} s") from None
     except (OSError, h11.RemoteProtocolError) as error:
         raise CallError(f"{method} {target}: {path}: {error}") from error
+
+
+async def follow(
+    path: str, target: str, *, timeout_s: float, headers: Mapping[str, str] | None = None
+) -> AsyncIterator[bytes]:
+    """The pieces of the answer to a GET of `target`, as they come from the Unix socket at `path`.
+
+    Raises `CallError` when there is none, when it is not 200, when nothing comes for `timeout_s` seconds, and when the
+    connection ends before the answer does.
+    """
+    connection = h11.Connection(h11.CLIENT)
+    fields = [("Host", "segue"), ("Connection", "close"), *(headers or {}).items()]
+    writer: asyncio.StreamWriter | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(connection.send(h11.Request(method="GET", target=target, headers=fields)) or b"")
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                async with asyncio.timeout(timeout_s):
+                    connection.receive_data(await reader.read(_READ_BYTES))
+            elif isinstance(event, h11.Response) and event.status_code != HTTPStatus.OK:
+                raise CallError(f"GET {target}: status {event.status_code}")
+            elif isinstance(event, h11.Data):
+                yield bytes(event.data)
+            elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
+                return
+    except TimeoutError:
+        raise CallError(f"GET {target}: nothing from {path} within {timeout_s:g} s") from None
+    except (OSError, h11.RemoteProtocolError) as error:
+        raise CallError(f"GET {target}: {path}: {error}") from error
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 async def _exchange(

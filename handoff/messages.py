@@ -191,6 +191,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the worker writes its `Figures` (`segue.handoff.figures`). Removed by the master."""
     request_metrics: bool = True
     """Count responses by status class, and how long they took."""
+    in_haste: bool = False
+    """Somebody waits for it, and what serves meanwhile has little to do: it starts at full priority."""
 
 
 class Counts(msgspec.Struct, frozen=True):

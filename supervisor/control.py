@@ -8,18 +8,21 @@ import hashlib
 import hmac
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from segue.handoff.http import Request, Response, Router, json_response, problem, serve
 from segue.handoff.messages import HOT
 from segue.supervisor.master import Master
 from segue.supervisor.metrics import scrape
 from segue.supervisor.operations import Operation
+from segue.supervisor.ring import KEPT, read_number
 from segue.supervisor.status import status
 
 MAX_WAIT_S = 24 * 3600.0
 MAX_WORKERS = 1024
 MAX_SWAPS_WAITING = 100
+MAX_FOLLOWERS = 64
+EVENT_STREAM = "text/event-stream"
 _NOT_FOR_SERVICES = frozenset({"*", "wait", "until"})
 """Query parameters of a swap that are ours; the others are the service's."""
 DRAIN_MODES = ("reject", "queue")
@@ -33,6 +36,7 @@ class Control:
     def __init__(self, master: Master) -> None:
         self._master = master
         self._servers: list[asyncio.Server] = []
+        self._followers = 0
         self._router = Router(
             {
                 ("GET", "/livez"): self._livez,
@@ -41,6 +45,8 @@ class Control:
                 ("GET", f"{HOT}/status"): self._status,
                 ("GET", f"{HOT}/config"): self._config,
                 ("GET", f"{HOT}/operations/*"): self._operation,
+                ("GET", f"{HOT}/events"): self._events,
+                ("GET", f"{HOT}/logs"): self._logs,
                 ("POST", f"{HOT}/reload"): self._reload,
                 ("POST", f"{HOT}/reload/*"): self._swap,
                 ("POST", f"{HOT}/drain/start"): self._drain_start,
@@ -143,6 +149,55 @@ class Control:
         wait = _seconds(request, "wait", 0.0)
         await operation.wait(wait, drained=_drained(request), phase=request.query.get("phase"))
         return json_response(operation.document())
+
+    async def _events(self, request: Request) -> Response:
+        """The last events; as a stream, if that is what is accepted, also all that come."""
+        events = self._master.events
+        after = request.headers.get("last-event-id") or request.query.get("after")
+        try:
+            number = read_number(after) if after else None
+        except ValueError:
+            return problem(400, f"an event's number looks like 1-23, not {after!r}")
+        count = request.query.get("last", str(KEPT))
+        if not count.isdigit():
+            return problem(400, f"?last= takes a number of events, not {count!r}")
+        if EVENT_STREAM not in request.headers.get("accept", ""):
+            kept = events.after(number)[-int(count) :] if int(count) else []
+            return Response(200, b'{"events":[' + b",".join(line for _, line in kept) + b"]}\n")
+        if self._followers >= MAX_FOLLOWERS:
+            return problem(503, f"{MAX_FOLLOWERS} callers follow the events already", {"Retry-After": "10"})
+        headers = (("Cache-Control", "no-store"),)
+        return Response(200, b"", EVENT_STREAM, headers, self._follow(events.stream(number, int(count))))
+
+    async def _follow(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        self._followers += 1
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            self._followers -= 1
+
+    async def _logs(self, request: Request) -> Response:
+        """What workers printed while they started: those that live, and the last that failed."""
+        wanted: dict[str, int | None] = {}
+        for key in ("generation", "worker"):
+            text = request.query.get(key)
+            if text is not None and not text.isdigit():
+                return problem(400, f"?{key}= takes a number, not {text!r}")
+            wanted[key] = None if text is None else int(text)
+        generations = self._master.state.generations
+        states = {
+            (g.id, worker.id): str(worker.state)
+            for g in generations.values()
+            for worker in g.workers.values()
+        }
+        found = [
+            printed
+            for printed in self._master.workers.printed(states)
+            if wanted["generation"] in {None, printed.generation}
+            and wanted["worker"] in {None, printed.worker}
+        ]
+        return json_response({"logs": found})
 
     # ------------------------------------------------------------------------------------------------ changing
 

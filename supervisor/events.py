@@ -17,6 +17,8 @@ class ReloadAsked(msgspec.Struct, frozen=True):
     """None, here and below: as the settings of the new generation say."""
     canary: int | None = None
     canary_for: float | None = None
+    overtakes: bool = False
+    """What is still being started is given up for it: its code is older than what was saved since."""
 
 
 class StageAsked(msgspec.Struct, frozen=True):

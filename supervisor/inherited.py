@@ -17,12 +17,16 @@ from segue.handoff.messages import FdName
 from segue.supervisor.spawning import Lifeline, Relay
 
 LOCK = "segue-lock"
+EVENTS = "segue-events"
 CONTROL = "segue-control"
 NOTIFY = "segue-notify"
 LIFELINE_READ = "segue-lifeline-read"
 LIFELINE_WRITE = "segue-lifeline-write"
 _LISTENER = "segue-listener"
-_ONLY_ONCE = {LOCK, CONTROL, NOTIFY, LIFELINE_READ, LIFELINE_WRITE, FdName.RELAY_READ, FdName.RELAY_WRITE}
+_ONLY_ONCE = {
+    *(LOCK, EVENTS, CONTROL, NOTIFY),
+    *(LIFELINE_READ, LIFELINE_WRITE, FdName.RELAY_READ, FdName.RELAY_WRITE),
+}
 
 
 def listener_name(bind: str, number: int) -> str:

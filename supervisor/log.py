@@ -9,6 +9,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Final
 
 _ATOMIC_BYTES: Final = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking, pipe(7)
@@ -27,6 +28,8 @@ class Log:
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
         self._dropped = 0
+        self.tap: Callable[[str, str, Mapping[str, object]], None] | None = None
+        """Is given every event, whatever its level and whether anybody reads this output."""
         self._least = _LEVELS["info"]
 
     def set_level(self, level: str | None) -> None:
@@ -35,6 +38,8 @@ class Log:
 
     def __call__(self, level: str, event: str, **fields: object) -> None:
         """Log `event`. Several lines in ``output`` follow it, indented."""
+        if self.tap is not None:
+            self.tap(level, event, fields)
         if _LEVELS[level] < self._least:
             return
         output = str(fields.pop("output", "") or "")

@@ -8,12 +8,14 @@ off the data path: no byte of a request, a response or a running worker's log pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import signal
 import time
 from collections import deque
 from collections.abc import Coroutine, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,10 +29,14 @@ from segue.supervisor.log import Log
 from segue.supervisor.mastership import Mastership
 from segue.supervisor.mastership import snapshots as recalled
 from segue.supervisor.operations import Operation, Operations
+from segue.supervisor.ring import Ring
 from segue.supervisor.snapshot import Snapshot
 from segue.supervisor.systemd import ServiceManager
 from segue.supervisor.totals import Totals
 from segue.supervisor.workers import Workers
+
+if TYPE_CHECKING:
+    from segue.supervisor.development import Development
 
 LATE_S = 1.0
 """A timer that fires later than this says that the master itself did not run."""
@@ -81,6 +87,8 @@ class Master:
         self.started = time.time()
         self.token: str | None = None
         self.log = log
+        self.events = Ring(mastership.epoch, mastership.inherited.take(inherited.EVENTS))
+        log.tap = self.events.add
         self.exit_status: int | None = None
         self.changed = asyncio.Event()
         self._flags, self._environ, self._base_dir = dict(flags), environ, base_dir
@@ -117,6 +125,14 @@ class Master:
         self.totals = Totals(self.instance, mastership.known.totals, living)
         self._known = mastership.known
         self._settings_now = settings.settings
+        self._development: Development | None = None
+        if settings.settings.reload:
+            from segue.supervisor.development import Development
+
+            self.state.developing = True
+            self._development = Development(
+                settings.settings, environ, log, saved=self._on_save, watching=self._compare_with_current
+            )
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -136,6 +152,8 @@ class Master:
             loop.add_signal_handler(number, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by an upgrade
         self._start_task(self._service.watchdog())
+        if self._development is not None:
+            self._development.start()
         self._begin()
         while self.exit_status is None:
             while self._events and self.exit_status is None:
@@ -146,6 +164,9 @@ class Master:
                 await self._upgrade(self._upgrading)
             elif not self._events and self.exit_status is None:
                 await self.changed.wait()
+        if self._development is not None:
+            await self._development.stop()
+        self.events.close()
         if not self._deposed:  # else all of it is somebody else's by now
             await self._flush(FLUSH_S)
             self._close()
@@ -287,12 +308,27 @@ class Master:
 
     # --------------------------------------------------------------------------------------------- what is asked
 
-    def ask_reload(self, asked_by: str) -> Operation:
-        """Ask for a new generation."""
+    def ask_reload(self, asked_by: str, overtakes: bool = False) -> Operation:
+        """Ask for a new generation; with `overtakes` instead of one that is still being started."""
         operation = self.operations.create("reload", asked_by)
         self._service.reloading() if self._said_ready else None
-        self.put(model.ReloadAsked(operation.number))
+        self.put(model.ReloadAsked(operation.number, overtakes=overtakes))
         return operation
+
+    def _on_save(self, what: str) -> None:
+        self.ask_reload(what, overtakes=True)
+
+    def _compare_with_current(self) -> None:
+        """From now on no save is missed; one may have been, since the newest generation was begun."""
+        if self.snapshots:
+            self._start_task(self._reload_if_differs(max(self.snapshots)))
+
+    async def _reload_if_differs(self, generation: int) -> None:
+        taken = self.snapshots[generation]
+        with contextlib.suppress(OSError, RuntimeError, MemoryError):
+            now = await asyncio.to_thread(taken.fingerprint_now)
+            if now != taken.fingerprint and generation == max(self.snapshots, default=0):
+                self._on_save("a save before anybody watched")
 
     def ask_scale(self, asked_by: str, count: int) -> Operation:
         """Ask for `count` workers."""
@@ -376,6 +412,8 @@ class Master:
     async def _upgrade(self, operation: Operation) -> None:
         """Become the new code, unless something has come between."""
         await self._flush(_UPGRADE_FLUSH_S)
+        if self._development is not None:
+            await self._development.stop()
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         for _ in range(_TURNS_OF_A_SIGNAL):  # what came before has its handler run
             await asyncio.sleep(0)
@@ -384,6 +422,8 @@ class Master:
             self._record()
             self.log("info", "upgrade", epoch=self.epoch)
             fds = [*self._listening.names, *self.workers.names, *self.sockets.items()]
+            events = self.events.pass_on()
+            fds.append((inherited.EVENTS, events))
             if self.instance.lock_fd is not None:
                 fds.append((inherited.LOCK, self.instance.lock_fd))
             environ = {**self._environ, **self._service.environ}
@@ -391,10 +431,13 @@ class Master:
                 upgrade.execute(environ, self._base_dir, fds)
             except OSError as error:
                 reason = f"it can't be executed: {error.strerror or error}"
+                os.close(events)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if reason:
             self._upgrading = None
             self._settle(model.Settle(operation.number, ok=False, reason=reason))
+            if self._development is not None:
+                self._development.start()
 
     # -------------------------------------------------------------------------------------------------- effects
 
@@ -556,6 +599,8 @@ class Master:
 
     def _close_unused(self) -> None:
         """Close the listeners that no generation asks for that serves, or may yet."""
+        if self.state.developing and self.state.current is None:
+            return  # clients wait in them for a save that mends the first start
         wanted = self.state.may_serve
         self._listening.close_all_but(
             listener

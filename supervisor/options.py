@@ -81,6 +81,7 @@ def _decorator(setting: Setting) -> Callable[[Any], Any]:
     flag = setting.flag
     if setting.form is Form.PAIR:
         flag = f"{flag}/--no-{setting.key}"
+    flags = (flag, setting.alias) if setting.alias else (flag,)
     more: dict[str, Any] = {"multiple": True} if setting.kind is Kind.LIST else {"default": None}
     if setting.kind is Kind.SWITCH and setting.form is not Form.VALUE:
         more["is_flag"] = True
@@ -89,7 +90,7 @@ def _decorator(setting: Setting) -> Callable[[Any], Any]:
     else:
         more["type"] = _TYPES.get(setting.kind, click.STRING)
         more["metavar"] = "[" + "|".join(setting.choices) + "]" if setting.importable else setting.metavar
-    return click.option(flag, setting.name, help=f"{setting.help}{_default(setting)}", **more)
+    return click.option(*flags, setting.name, help=f"{setting.help}{_default(setting)}", **more)
 
 
 def _default(setting: Setting) -> str:

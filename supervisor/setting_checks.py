@@ -200,6 +200,17 @@ def settle_admin(given: Given, binds: tuple[str, ...], base_dir: str) -> str | N
     return admin
 
 
+def settle_reload_dirs(given: Given, base_dir: str) -> tuple[str, ...]:
+    """The absolute paths of the directories to watch; each must be there if anything is watched."""
+    paths = tuple(absolute(path, base_dir) for path in given.get("reload-dir"))
+    if given.get("reload"):
+        for written, path in zip(given.get("reload-dir"), paths, strict=True):
+            if not os.path.isdir(path):
+                wanted = f"directories, but {path} is none"
+                fail("reload-dir", written, given.source("reload-dir"), wanted)
+    return paths
+
+
 def split_headers(given: Given) -> list[list[str]]:
     """The response headers as ``[name, value]``, without the blanks around either."""
     headers: list[list[str]] = []

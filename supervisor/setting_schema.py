@@ -40,6 +40,7 @@ class Group(enum.StrEnum):
     LISTEN = "Where to listen"
     PROCESSES = "Instance and workers"
     DEPLOYS = "Reloads and rollbacks"
+    DEVELOPMENT = "Development"
     HEALTH = "Health and control"
     HTTP = "HTTP"
     WEBSOCKETS = "WebSockets"
@@ -73,6 +74,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = ""
     metavar: str | None = None
     form: Form = Form.VALUE
+    alias: str | None = None
+    """Another flag for the same."""
     secret: bool = False
     """Never shown, not in errors either."""
     restart: bool = False
@@ -105,7 +108,12 @@ class Refused(msgspec.Struct, frozen=True):
     """Whether its environment variable is refused, too."""
 
 
-SUPERVISED = frozenset({"app", "host", "port", "uds", "fd", "workers", "app_dir"})
+SUPERVISED = frozenset(
+    {
+        *("app", "host", "port", "uds", "fd", "workers", "app_dir"),
+        *("reload", "reload_dirs", "reload_includes", "reload_excludes", "reload_delay"),
+    }
+)
 """Options of uvicorn that the supervisor itself carries out."""
 
 ADDRESS_FORMS: dict[str, tuple[str, ...]] = {

@@ -11,14 +11,7 @@ from typing import Any
 
 from segue.supervisor.setting_schema import Form, Group, Kind, Refused, Setting
 
-_DEVELOPMENT = "development mode comes with a later version; run 'segue reload' after a change"
-
 REFUSED: dict[str, Refused] = {
-    "reload": Refused(_DEVELOPMENT, "reload", switch=True),
-    "reload-dir": Refused(_DEVELOPMENT, "reload_dirs"),
-    "reload-include": Refused(_DEVELOPMENT, "reload_includes"),
-    "reload-exclude": Refused(_DEVELOPMENT, "reload_excludes"),
-    "reload-delay": Refused(_DEVELOPMENT, "reload_delay"),
     "timeout-worker-healthcheck": Refused(
         "workers report by themselves here; --heartbeat-timeout says after how much silence one is replaced",
         "timeout_worker_healthcheck",
@@ -28,7 +21,7 @@ REFUSED: dict[str, Refused] = {
 }
 
 _YEAR_S = 365 * 86400
-_APP, _LISTEN, _PROC, _DEPLOY, _HEALTH, _HTTP, _WS, _TLS, _PROXY, _LOG = Group
+_APP, _LISTEN, _PROC, _DEPLOY, _DEV, _HEALTH, _HTTP, _WS, _TLS, _PROXY, _LOG = Group
 
 
 def _text(key: str, group: Group, text: str, **more: Any) -> Setting:
@@ -273,7 +266,7 @@ TABLE: tuple[Setting, ...] = (
         "probation",
         _DEPLOY,
         "How long a new generation is watched: if a worker of it crashes, or too many of its answers are 5xx, the "
-        "previous one is taken back.",
+        "previous one is taken back. With --reload not at all, unless it is set.",
         default=10.0,
         minimum=0,
     ),
@@ -293,6 +286,51 @@ TABLE: tuple[Setting, ...] = (
         "How long the previous generation is kept warm after a reload, for 'segue rollback'.",
         shown_default="the probation time",
         minimum=0,
+    ),
+    _switch(
+        "reload",
+        _DEV,
+        "Reload at each save. What breaks leaves the last good code serving.",
+        default=False,
+        uvicorn="reload",
+        form=Form.ON,
+        alias="--watch",
+        restart=True,
+    ),
+    _list(
+        "reload-dir",
+        _DEV,
+        "Watch this directory and everything below it. May be repeated.",
+        uvicorn="reload_dirs",
+        shown_default="working directory and --app-dir",
+        metavar="DIR",
+        restart=True,
+    ),
+    _list(
+        "reload-include",
+        _DEV,
+        "Watch files that match this pattern, too, beside *.py. May be repeated.",
+        uvicorn="reload_includes",
+        metavar="GLOB",
+        restart=True,
+    ),
+    _list(
+        "reload-exclude",
+        _DEV,
+        "Ignore files that match this pattern, or this directory, beside hidden ones, caches and virtual "
+        "environments. May be repeated.",
+        uvicorn="reload_excludes",
+        metavar="GLOB",
+        restart=True,
+    ),
+    _seconds(
+        "reload-delay",
+        _DEV,
+        "Look for the next save so long after the last: those that come meanwhile are one.",
+        default=0.25,
+        uvicorn="reload_delay",
+        minimum=0,
+        restart=True,
     ),
     _list(
         "warm-up",

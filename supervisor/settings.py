@@ -97,6 +97,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     uvicorn: dict[str, Any]
     """Keyword arguments of ``uvicorn.Config``; what is not set is not in it, so that uvicorn's own default counts."""
     backlog: int
+    reload: bool = False
+    """Development mode: each save is a reload."""
+    reload_dir: tuple[str, ...] = ()
+    """Absolute; empty: the working directory and that of the application."""
+    reload_include: tuple[str, ...] = ()
+    reload_exclude: tuple[str, ...] = ()
+    reload_delay: float = 0.25
 
     def __repr__(self) -> str:
         """Without secrets."""
@@ -159,7 +166,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         replace_timeout=values["replace-timeout"],
         canary=values["canary"],
         canary_for=values["canary-for"],
-        probation=values["probation"],
+        # whoever has saved a mistake wants to see it
+        probation=0.0 if values["reload"] and "probation" not in given.values else values["probation"],
         probation_5xx=values["probation-5xx"],
         park_for=values["park-for"],
         max_worker_rss=values["max-worker-rss"],
@@ -172,6 +180,11 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
             if setting.in_config and values[setting.key] is not None
         },
         backlog=values["backlog"],
+        reload=values["reload"],
+        reload_dir=checks.settle_reload_dirs(given, base_dir),
+        reload_include=values["reload-include"],
+        reload_exclude=values["reload-exclude"],
+        reload_delay=values["reload-delay"],
     )
     inputs = {key for keys in ADDRESS_FORMS.values() for key in keys}
     sources = {setting.key: given.source(setting.key) for setting in TABLE if setting.key not in inputs}

@@ -91,6 +91,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             probe_path=instance.probe_socket(generation, worker),
             recycle=_recycle_limits(settings),
             request_metrics=settings.request_metrics,
+            in_haste=settings.reload,
         )
 
 

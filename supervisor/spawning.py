@@ -23,6 +23,7 @@ from segue.handoff.occupant import INSTANCE
 
 OUTPUT_TAIL_BYTES = 8 * 1024
 OUTPUT_TAIL_LINES = 30
+PRINTED_BYTES = 64 * 1024
 _STRIPPED = (
     "LISTEN_FDS",
     "LISTEN_PID",
@@ -98,6 +99,16 @@ class Process(msgspec.Struct):
         size = os.fstat(self.output).st_size
         data = os.pread(self.output, OUTPUT_TAIL_BYTES, max(0, size - OUTPUT_TAIL_BYTES))
         return "\n".join(data.decode(errors="replace").splitlines()[-OUTPUT_TAIL_LINES:])
+
+    def printed(self) -> str:
+        """What it printed before it was ready, as far as it is kept."""
+        if self.output is None:
+            return ""
+        size = os.fstat(self.output).st_size
+        data = os.pread(self.output, PRINTED_BYTES, max(0, size - PRINTED_BYTES))
+        return data.lstrip(b"\0").decode(
+            errors="replace"
+        )  # zeros: of an old part, whose memory was given back
 
     def terminate(self) -> None:
         """Ask it to end."""

@@ -487,6 +487,8 @@ class State:
     """Swaps committed so far."""
     scale_queued: ScaleAsked | None = None
     """A change of the number of workers that was asked for while a swap ran."""
+    developing: bool = False
+    """Development mode: a first generation that does not start is followed by the next save's, not by the end."""
 
     def clone(self) -> State:
         """A copy that shares nothing that changes."""

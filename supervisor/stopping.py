@@ -78,7 +78,7 @@ def begin(turn: Turn, status: int) -> None:
 
 def check(turn: Turn) -> None:
     """The end, once nothing is left; without a first generation there is nothing to wait for."""
-    if turn.first_failed and turn.state.stopping is None:
+    if turn.first_failed and not turn.state.developing and turn.state.stopping is None:
         begin(turn, status=3)
     stopping = turn.state.stopping
     if stopping is None or not stopping.begun:

@@ -13,6 +13,7 @@ from segue.supervisor.staffing import backoff
 from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
 PREPARE_TIMEOUT_S = 60.0
+_OVERTAKEN = "something was saved meanwhile: the newer code is started instead"
 
 
 def reload_asked(turn: Turn, event: m.ReloadAsked) -> None:
@@ -22,8 +23,26 @@ def reload_asked(turn: Turn, event: m.ReloadAsked) -> None:
     elif turn.state.changing or turn.state.swap is not None:
         turn.state.queued += (event,)
         turn.effects.append(m.Progress((event.operation,), "queued"))
+        if event.overtakes and turn.state.change is not None:
+            _overtake(turn, turn.state.change)
     else:
         _start(turn, (event,))
+
+
+def _overtake(turn: Turn, change: m.Change) -> None:
+    """What is being started is old by now: the next one answers whoever asked for it. What is promoted goes first."""
+    if change.stage:
+        return
+    generation = turn.state.generations[change.generation]
+    turn.say("info", "overtaken", generation, None, reason=_OVERTAKEN)
+    turn.effects.append(m.Progress(change.operations, "queued"))
+    how = (change.strategy, change.canary, change.canary_for)
+    turn.state.queued = (
+        *(m.ReloadAsked(operation, *how) for operation in change.operations),
+        *turn.state.queued,
+    )
+    change.operations = ()
+    promotion.fail(turn, generation, _OVERTAKEN)
 
 
 def stage_asked(turn: Turn, event: m.StageAsked) -> None:

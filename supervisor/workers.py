@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -42,8 +43,23 @@ _SWAP_PATHS = {
 }
 
 
+_FAILED_KEPT = 16
+"""Of so many workers that did not start it is kept what they printed."""
 _DEATH_FOLLOWS_S = 0.5
 """How long after a broken call its process is given to be seen to have ended."""
+
+
+class Printed(msgspec.Struct, frozen=True):
+    """What a worker printed before it was ready."""
+
+    generation: int
+    worker: int
+    pid: int
+    state: str
+    """Of a living worker, as in the status; else ``failed``."""
+    reason: str
+    """Why it failed."""
+    output: str
 
 
 class Child:
@@ -88,6 +104,7 @@ class Workers:
         self.relay, self._lifeline = mastership.relay, mastership.lifeline
         self._notify = NotifySocket(self._instance.notify, mastership.notify)
         self._pids: dict[int, Key] = {}
+        self._failed: deque[Printed] = deque(maxlen=_FAILED_KEPT)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._notify.fileno(), self.read_notifications)
 
@@ -195,9 +212,20 @@ class Workers:
         status = process.reap()
         self._pids.pop(process.pid, None)
         output = "" if child.is_ready else process.tail()
+        reason = spawning.describe_exit(status, child.failure)
+        if not child.is_ready:
+            self._failed.append(Printed(*key, process.pid, "failed", reason, process.printed()))
         process.close()
         self._instance.forget_worker(*key)
-        self._put(model.WorkerExited(*key, spawning.describe_exit(status, child.failure), output, status))
+        self._put(model.WorkerExited(*key, reason, output, status))
+
+    def printed(self, states: Mapping[Key, str]) -> list[Printed]:
+        """What the living, and the last that failed, printed while they started, in their order."""
+        living = [
+            Printed(*key, child.process.pid, states.get(key, "ended"), "", child.process.printed())
+            for key, child in self.children.items()
+        ]
+        return sorted([*self._failed, *living], key=lambda each: (each.generation, each.worker))
 
     # Calling
 

@@ -229,6 +229,10 @@ class World:
     def rollback(self, generation: int | None = None) -> int:
         return self._ask(lambda number: m.RollbackAsked(number, generation))
 
+    def save(self) -> int:
+        """Something was saved in development mode."""
+        return self._ask(lambda operation: m.ReloadAsked(operation, overtakes=True))
+
     def scale(self, count: int) -> int:
         return self._ask(lambda number: m.ScaleAsked(number, count=count))
 

@@ -66,6 +66,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.world.reload()
 
     @rule(behaviour=st.sampled_from(("good", *CODES)))
+    def save(self, behaviour: str) -> None:
+        self.world.deploy(behaviour)
+        self.world.save()
+
+    @rule(behaviour=st.sampled_from(("good", *CODES)))
     def deploy_and_reload(self, behaviour: str) -> None:
         self.world.deploy(behaviour)
         self.world.reload()

@@ -139,6 +139,57 @@ def test_requests_merged_behind_a_reload_that_fails_are_answered_by_the_next() -
     assert answered(world, world.reload()).ok
 
 
+def test_a_save_overtakes_a_start_that_hangs_and_answers_whoever_waits_for_it() -> None:
+    world = started()
+    world.deploy("hangs")
+    first, second = world.save(), world.reload()
+    world.run(1.0)
+    world.deploy("good")
+    third = world.save()
+    assert all(answered(world, operation).ok for operation in (first, second, third))
+    assert {world.answers[operation].generation for operation in (first, second, third)} == {3}
+    world.run(30.0)
+    assert {process.key[0] for process in world.live()} == {3}
+
+
+def test_a_save_does_not_overtake_what_is_being_activated() -> None:
+    world = started()
+    world.deploy("good")
+    first = world.save()
+    activating = GenerationState.ACTIVATING
+    world.run_until(lambda: 2 in world.state.generations and world.state.generations[2].state is activating)
+    second = world.save()
+    assert answered(world, first).generation == 2
+    assert answered(world, second).generation == 3
+
+
+def test_a_reload_that_is_asked_for_by_hand_waits_for_the_one_before_it() -> None:
+    world = started()
+    world.deploy("hangs")
+    first, second = world.reload(), world.reload()
+    assert not answered(world, first).ok
+    assert not answered(world, second).ok
+    assert world.answers[second].generation == 3
+
+
+def test_in_development_a_first_generation_that_does_not_start_waits_for_the_next_save() -> None:
+    world = World(2)
+    world.state.developing = True
+    world.behaviour = "exits"
+    assert not answered(world, world.reload()).ok
+    world.run(60.0)
+    assert world.exit is None
+    world.behaviour = "hangs"
+    hanging = world.save()
+    world.run(1.0)
+    world.behaviour = "good"
+    assert answered(world, world.save()).ok
+    assert answered(world, hanging).ok
+    stop = world.stop()
+    assert answered(world, stop).ok
+    assert world.exit == 0
+
+
 def test_a_promote_that_fails_halfway_is_handed_back_and_cuts_nobody() -> None:
     world = started()
     world.deploy("one refuses activation")

@@ -37,7 +37,7 @@ def main() -> int:
     except (InheritanceError, msgspec.MsgspecError, KeyError, OSError) as error:
         print(f"segue.worker: started by hand? {type(error).__name__}: {error}", file=sys.stderr)
         return _EXIT_NOT_A_WORKER
-    priority = BootPriority()
+    priority = None if spec.in_haste else BootPriority()
     # Ctrl-C at the master's terminal, or `kill -INT` at its whole group, is the master's to deal with. A handler that
     # does nothing isn't passed on to the application's own child processes, as SIG_IGN would be.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -45,7 +45,8 @@ def main() -> int:
     telling = Telling(spec.notify_socket, spec.heartbeat_s)
 
     async def ready() -> None:
-        priority.restore(asyncio.get_running_loop())
+        if priority is not None:
+            priority.restore(asyncio.get_running_loop())
         await output.finish()
 
     from segue.worker.lifespan import StartFailed
