@@ -5,47 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 
 from segue import __version__
 from segue.handoff.messages import HOT
-from segue.supervisor import exits
+from segue.supervisor import exits, views
+from segue.supervisor.commanding import ask as _ask_get
+from segue.supervisor.commanding import fail as _fail
+from segue.supervisor.commanding import find as _find
+from segue.supervisor.commanding import instance_options as _instance_options
 from segue.supervisor.exits import Status
 from segue.supervisor.options import ServeCommand, serve_options
+from segue.supervisor.terminal import Progress, echo
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _STOP_BUDGET_S = 30.0
 MAX_WORKERS = 1024
-
-
-def _fail(message: str, status: Status) -> NoReturn:
-    click.echo(f"segue: {message}", err=True)
-    sys.exit(status)
-
-
-def _instance_options(command: _F) -> _F:
-    for option in (
-        click.option(
-            "--name", default=None, envvar="SEGUE_NAME", help="The instance; needed only if several run."
-        ),
-        click.option(
-            "--runtime-dir", default=None, help="Where instances live; default: where `serve` puts them."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _find(runtime_dir: str | None, name: str | None) -> Any:
-    from segue.supervisor.instance import InstanceError, find
-
-    try:
-        return find(runtime_dir, name, os.environ)
-    except InstanceError as error:
-        _fail(str(error), Status.INSTANCE)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,16 +44,23 @@ def serve(**flags: Any) -> None:
 
 
 @cli.command(cls=ServeCommand, epilog=exits.CHECK_EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
 @serve_options
-def check(**flags: Any) -> None:
+def check(as_json: bool, **flags: Any) -> None:
     """Import, start and warm up APP in a throw-away worker: the verdict that a reload would give."""
     from segue.supervisor.check import check as run
     from segue.supervisor.settings import SettingsError
 
     try:
-        verdict = run(flags, os.environ)
+        with Progress("starting it"):
+            verdict = run(flags, os.environ)
     except SettingsError as error:
         _fail(str(error), Status.USAGE)
+    if as_json:
+        import msgspec
+
+        click.echo(json.dumps(msgspec.to_builtins(verdict), indent=2))
+        sys.exit(Status.OK if verdict.ok else Status.NOT_STARTED)
     if verdict.ok:
         click.echo(f"ok: it would start (fingerprint {verdict.fingerprint})")
         return
@@ -262,22 +245,31 @@ def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None
 @_instance_options
 @click.option("--now", is_flag=True, help="At once: what is in flight is cut off.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
-def stop(name: str | None, runtime_dir: str | None, now: bool, timeout: float | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
+def stop(name: str | None, runtime_dir: str | None, now: bool, timeout: float | None, as_json: bool) -> None:
     """Stop the instance; also workers that have lost their master."""
     from segue.supervisor import client
     from segue.supervisor.instance import InstanceError
 
     instance = _find(runtime_dir, name)
     if instance.locked_by() is None:
-        pids = client.stop_orphans(instance, 0.0 if now else (timeout or _STOP_BUDGET_S))
-        click.echo(f"stopped the workers that had lost their master ({len(pids)})")
+        with Progress("stopping"):
+            pids = client.stop_orphans(instance, 0.0 if now else (timeout or _STOP_BUDGET_S))
+        if as_json:
+            click.echo(json.dumps({"master": None, "workers": pids}, indent=2))
+        else:
+            click.echo(f"stopped the workers that had lost their master ({len(pids)})")
         return
     try:
-        operation = client.stop(instance, now, timeout)
+        with Progress("stopping"):
+            operation = client.stop(instance, now, timeout)
     except InstanceError as error:
         _fail(str(error), Status.INSTANCE)
+    if as_json:
+        click.echo(json.dumps(operation, indent=2))
     _conclude(operation)
-    click.echo("stopped")
+    if not as_json:
+        click.echo("stopped")
 
 
 @cli.command(epilog=exits.EPILOG)
@@ -293,25 +285,11 @@ def status(name: str | None, runtime_dir: str | None, as_json: bool) -> None:
         workers = orphans(instance)
         if not workers:
             _fail(f"instance {instance.name!r} does not run ({instance.directory})", Status.INSTANCE)
-        click.echo(
-            json.dumps({"master": None, "workers": workers}, indent=2) if as_json else orphan_table(workers)
-        )
+        orphaned = {"master": None, "workers": workers}
+        click.echo(json.dumps(orphaned, indent=2)) if as_json else echo(orphan_table(workers))
         return
     document = _ask_get(instance, f"{HOT}/status")
-    click.echo(json.dumps(document, indent=2) if as_json else status_table(document))
-
-
-def _ask_get(instance: Any, target: str) -> Any:
-    from segue.supervisor.client import get
-    from segue.supervisor.instance import InstanceError
-
-    try:
-        answer = get(instance, target)
-    except InstanceError as error:
-        _fail(str(error), Status.INSTANCE)
-    if answer.status >= 400:
-        _fail(answer.json()["detail"], Status.REFUSED)
-    return answer.json()
+    click.echo(json.dumps(document, indent=2)) if as_json else echo(status_table(document))
 
 
 def _change(
@@ -321,13 +299,6 @@ def _change(
     from segue.supervisor.client import follow, post
     from segue.supervisor.instance import InstanceError
 
-    shown: list[str] = []
-
-    def on_phase(phase: str) -> None:
-        if sys.stderr.isatty() and (not shown or shown[-1] != phase):
-            click.echo(f"{phase} …", err=True)
-            shown.append(phase)
-
     try:
         operation = post(instance, target)
         if no_wait and operation["id"] is not None:
@@ -335,7 +306,8 @@ def _change(
                 json.dumps(operation, indent=2) if as_json else f"operation {operation['id']} has begun"
             )
             sys.exit(Status.OK)
-        operation = follow(instance, operation, on_phase, drained=drained, timeout_s=timeout)
+        with Progress("waiting") as progress:
+            operation = follow(instance, operation, progress.say, drained=drained, timeout_s=timeout)
     except InstanceError as error:
         _fail(str(error), Status.INSTANCE)
     if as_json:
@@ -366,10 +338,14 @@ def _echo_output(output: str) -> None:
             click.echo(f"    | {line}", err=True)
 
 
+for _command in views.COMMANDS:
+    cli.add_command(_command)
+
+
 def main() -> None:
     """The program's entry point."""
     _open_missing_streams()
-    cli()
+    cli(complete_var="_SEGUE_COMPLETE")
 
 
 def _open_missing_streams() -> None:

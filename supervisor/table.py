@@ -1,4 +1,4 @@
-"""``segue status`` for a person."""
+"""``segue status`` for a person, with colours: who prints it takes them away where they aren't wanted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import click
+
+from segue.supervisor.terminal import colour_of
+
 _RELOADS_SHOWN = 5
 
 
 def status_table(document: dict[str, Any]) -> str:
     """The master's status as text."""
     master = document["master"]
-    head = "ready" if document["ready"] else "NOT READY"
+    word = "ready" if document["ready"] else "NOT READY"
+    head = click.style(word, fg=colour_of(word), bold=True)
     if document["stopping"]:
         head += ", stopping"
     if document["draining"]:
@@ -89,10 +94,17 @@ def _reload_rows(document: dict[str, Any]) -> list[list[str]]:
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [heads, *rows]
+    lines = [
+        "  ".join(_coloured(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
+    head = "  ".join(cell.ljust(width) for cell, width in zip(heads, widths, strict=True)).rstrip()
+    return [click.style(head, bold=True), *lines]
+
+
+def _coloured(cell: str, width: int) -> str:
+    colour = colour_of(cell.partition(" ")[0])
+    return (click.style(cell, fg=colour) if colour else cell) + " " * (width - len(cell))
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,455 @@
+"""What a person or a script sees of an instance: events, logs, top on a real terminal, completion, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scenario import DEADLINE_S, HOT, ROOT, Segue, environment, segue, supervised, unix_call
+
+ALTERNATE_SCREEN, BACK = "\x1b[?1049h", "\x1b[?1049l"
+
+
+class Terminal:
+    """A real terminal with a program of segue on it."""
+
+    def __init__(
+        self, master: Segue, *arguments: str, columns: int = 140, rows: int = 40, **env: str
+    ) -> None:
+        self._fd, child = pty.openpty()
+        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.before = termios.tcgetattr(child)
+        where = ("--runtime-dir", master.runtime_dir, "--name", master.name)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "segue.supervisor.cli", *arguments, *where],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=environment(PYTHONPATH=str(ROOT), TERM="xterm-256color", **env),
+            start_new_session=True,
+        )
+        self._child = child
+        self.raw = ""
+
+    def read(self, timeout: float) -> bool:
+        if not select.select([self._fd], [], [], timeout)[0]:
+            return False
+        try:
+            data = os.read(self._fd, 65536)
+        except OSError:
+            return False
+        self.raw += data.decode(errors="replace")
+        return bool(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw)
+
+    def wait_for(self, pattern: str, since: int = 0) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not re.search(pattern, self.text[since:]):
+            assert time.monotonic() < deadline, f"{pattern!r} did not come:\n{self.text[since:]}"
+            self.read(0.5)
+
+    def type(self, keys: str) -> int:
+        """Press keys; where in the text what follows on them begins."""
+        at = len(self.text)
+        os.write(self._fd, keys.encode())
+        return at
+
+    def settings(self) -> list[Any]:
+        return termios.tcgetattr(self._child)
+
+    def wait_exit(self) -> int:
+        deadline = time.monotonic() + DEADLINE_S
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.text
+            self.read(0.1)
+        while self.read(0.05):
+            pass
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._fd)
+        os.close(self._child)
+
+
+@contextlib.contextmanager
+def terminal(master: Segue, *arguments: str, **options: Any) -> Iterator[Terminal]:
+    on = Terminal(master, *arguments, **options)
+    try:
+        yield on
+    finally:
+        on.close()
+
+
+@pytest.fixture
+def master(application: Callable[..., Any]) -> Iterator[Segue]:
+    with supervised("shop:app", cwd=application("1")) as running:
+        yield running
+
+
+def names(lines: str) -> list[str]:
+    return [json.loads(line)["event"] for line in lines.splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------------- events
+
+
+def test_events_are_the_lines_of_the_log_with_a_number(master: Segue) -> None:
+    shown = master.command("events", "--json").stdout
+    assert names(shown)[-2:] == ["listening", "promoted"] or "promoted" in names(shown)
+    events = [json.loads(line) for line in shown.splitlines()]
+    assert [event["id"] for event in events] == [f"1-{n}" for n in range(1, len(events) + 1)]
+    spawned = next(event for event in events if event["event"] == "worker-spawned")
+    assert spawned["fields"] == {"generation": 1, "worker": 1, "pid": master.worker_pids()[0]}
+    assert abs(spawned["time"] - time.time()) < 600
+    later = master.command("events", "--json", "--after", spawned["id"]).stdout
+    assert len(later.splitlines()) == len(events) - events.index(spawned) - 1
+    assert len(master.command("events", "-n", "2").stdout.splitlines()) == 2
+    assert f"pid={master.worker_pids()[0]}" in master.command("events").stdout
+    assert master.command("events", "--after", "yesterday").returncode == 1
+
+
+def test_events_are_kept_whatever_the_log_level(application: Any) -> None:
+    with supervised("shop:app", "--log-level", "error", cwd=application("1")) as quiet:
+        quiet.reload()
+        assert "promoted" in names(quiet.command("events", "--json").stdout)
+        quiet.stop()
+
+
+def test_who_follows_events_hears_of_everything_until_the_end(master: Segue) -> None:
+    where = ("--runtime-dir", master.runtime_dir, "--name", master.name)
+    command = [
+        sys.executable,
+        "-m",
+        "segue.supervisor.cli",
+        "events",
+        "--follow",
+        "--json",
+        "-n",
+        "0",
+        *where,
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(PYTHONPATH=str(ROOT)),
+    )
+    wait_for_followers(master, 1)
+    master.reload("--wait", "drained")
+    assert master.command("upgrade").returncode == 0
+    master.reload()
+    master.stop()
+    output, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, errors
+    events = [json.loads(line) for line in output.splitlines()]
+    told = [event["event"] for event in events]
+    for expected in ("worker-spawned", "promoted", "drained", "upgrade", "adopted", "stopping", "exit"):
+        assert expected in told, told
+    numbers = [tuple(map(int, event["id"].split("-"))) for event in events]
+    assert numbers == sorted(set(numbers))  # in order, and nothing twice
+    assert {epoch for epoch, _ in numbers} == {1, 2}
+
+
+def wait_for_followers(master: Segue, count: int) -> None:
+    """Nobody tells who follows: the connections of the control socket do."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        with open("/proc/net/unix") as table:
+            open_ones = sum(line.split()[-1] == master.control and line.split()[5] == "03" for line in table)
+        if open_ones >= count:
+            return
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.05)
+
+
+def test_events_outlive_an_upgrade(master: Segue) -> None:
+    before = master.command("events", "--json").stdout.splitlines()
+    assert master.command("upgrade").returncode == 0
+    after = master.command("events", "--json").stdout.splitlines()
+    assert after[: len(before)] == before
+    assert any(json.loads(line)["id"].startswith("2-") for line in after)
+
+
+def test_events_are_server_sent_for_a_browser(master: Segue) -> None:
+    import http.client
+    import socket
+
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(DEADLINE_S)
+    connection.sock.connect(master.control)
+    connection.request(
+        "GET", f"{HOT}/events", headers={"Accept": "text/event-stream", "Last-Event-ID": "1-2"}
+    )
+    response = connection.getresponse()
+    assert response.status == 200
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.readline() == b"id: 1-3\n"
+    assert json.loads(response.readline().removeprefix(b"data: "))["id"] == "1-3"
+    response.close()
+    connection.close()
+    wait_until_gone(master)
+    status, document = unix_call(master.control, "GET", f"{HOT}/events?after=nonsense")
+    assert status == 400
+    assert "nonsense" in document["detail"]
+
+
+def wait_until_gone(master: Segue) -> None:
+    """The master notices at once that who followed has left."""
+    deadline = time.monotonic() + DEADLINE_S
+    before = len(os.listdir(f"/proc/{master.process.pid}/fd"))
+    while len(os.listdir(f"/proc/{master.process.pid}/fd")) > before - 1:
+        if time.monotonic() > deadline or not followed(master):
+            return
+        select.select([], [], [], 0.05)
+
+
+def followed(master: Segue) -> bool:
+    with open("/proc/net/unix") as table:
+        return any(line.split()[-1] == master.control and line.split()[5] == "03" for line in table)
+
+
+# ---------------------------------------------------------------------------------------------------------- logs
+
+
+def test_logs_are_what_workers_printed_while_they_started(application: Any) -> None:
+    with supervised("shop:app", cwd=application("1", prelude="print('hello from the start')\n")) as master:
+        shown = master.command("logs")
+        assert shown.returncode == 0
+        assert "generation 1, worker 1" in shown.stdout
+        assert "hello from the start" in shown.stdout
+        application("2", prelude="print('before it broke')\nimport nosuchmodule\n")
+        assert master.command("reload").returncode == 1
+        for which in ("2", "2/1", "g2w1"):
+            failed = master.command("logs", which).stdout
+            assert "before it broke" in failed
+            assert "nosuchmodule" in failed
+            assert "hello" not in failed
+        (document,) = json.loads(master.command("logs", "2", "--json").stdout)
+        assert document["state"] == "failed"
+        assert "nosuchmodule" in document["reason"]
+        missing = master.command("logs", "9")
+        assert missing.returncode == 1
+        assert "1/1, 2/1" in missing.stderr
+        assert master.command("logs", "nonsense").returncode == 2
+        follow = master.command("logs", "--follow")
+        assert follow.returncode == 1
+        assert str(master.process.pid) in follow.stderr
+        master.stop()
+
+
+def test_what_is_kept_of_failed_starts_is_bounded(application: Any) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        application("2", prelude="print('x' * 3_000_000)\nimport nosuchmodule\n")
+        for _ in range(3):
+            assert master.command("reload").returncode == 1
+        documents = json.loads(master.command("logs", "--json").stdout)
+        assert [document["generation"] for document in documents] == [1, 2, 3, 4]
+        assert all(len(document["output"]) <= 64 * 1024 for document in documents)
+        assert all("nosuchmodule" in document["output"] for document in documents[1:])
+        master.stop()
+
+
+# ----------------------------------------------------------------------------------------------------------- top
+
+
+def test_top_shows_what_is_and_obeys_keys(master: Segue, application: Any) -> None:
+    with terminal(master, "top", "--interval", "0.2") as screen:
+        screen.wait_for(r"segue default ready")
+        screen.wait_for(rf"1\s+active.*{master.worker_pids()[0]}\s+active")
+        assert ALTERNATE_SCREEN in screen.raw
+        application("2")
+        at = screen.type("r")
+        screen.wait_for(r"reload: done", at)
+        screen.wait_for(r"2\s+active", at)
+        at = screen.type("+")
+        screen.wait_for(r"one worker more: done", at)
+        assert len(master.worker_pids()) == 2
+        at = screen.type("d")
+        screen.wait_for(r"drain on or off\? \[y\]", at)
+        at = screen.type("n")
+        screen.wait_for(r"\[q\] quit", at)
+        assert master.status()["draining"] is False
+        screen.type("d")
+        at = screen.type("y")
+        screen.wait_for(r"draining \(reject\)", at)
+        application("3", prelude="import nosuchmodule\n")
+        at = screen.type("r")
+        screen.wait_for(r"reload: refused: .*nosuchmodule", at)
+        screen.type("q")
+        assert screen.wait_exit() == 0
+        assert screen.raw.rstrip().endswith(("\x1b[?25h", BACK)) or BACK in screen.raw
+        assert screen.settings() == screen.before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
+def test_top_gives_the_terminal_back_whatever_ends_it(master: Segue, number: signal.Signals) -> None:
+    with terminal(master, "top") as screen:
+        screen.wait_for(r"segue default ready")
+        assert screen.settings() != screen.before
+        screen.process.send_signal(number)
+        assert screen.wait_exit() == 128 + number
+        assert BACK in screen.raw
+        assert "\x1b[?25h" in screen.raw  # the cursor
+        assert screen.settings() == screen.before
+
+
+def test_top_gives_the_terminal_back_while_it_is_stopped(master: Segue) -> None:
+    with terminal(master, "top") as screen:
+        screen.wait_for(r"segue default ready")
+        screen.process.send_signal(signal.SIGTSTP)
+        pid, status = os.waitpid(screen.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert screen.settings() == screen.before
+        os.kill(pid, signal.SIGCONT)
+        while screen.read(0.0):
+            pass
+        at = len(screen.text)
+        screen.wait_for(r"segue default ready", at)
+        screen.type("q")
+        assert screen.wait_exit() == 0
+        assert screen.settings() == screen.before
+
+
+def test_top_lives_through_a_master_that_ends_and_comes_again(application: Any) -> None:
+    directory = application("1")
+    with (
+        supervised("shop:app", cwd=directory) as master,
+        terminal(master, "top", "--interval", "0.2") as screen,
+    ):
+        screen.wait_for(r"segue default ready")
+        os.kill(master.process.pid, signal.SIGKILL)
+        master.process.wait()
+        screen.wait_for(r"has no master")
+        again = Segue("shop:app", cwd=directory, runtime_dir=master.runtime_dir)
+        try:
+            again.wait_ready()
+            at = len(screen.text)
+            screen.wait_for(rf"ready.*master pid {again.process.pid}", at)
+            screen.type("q")
+            assert screen.wait_exit() == 0
+            again.stop()
+        finally:
+            again.close()
+
+
+def test_top_without_a_terminal_prints_once(master: Segue) -> None:
+    done = master.command("top", "--interval", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "segue default ready" in done.stdout
+    assert "\x1b" not in done.stdout
+    document = json.loads(master.command("top", "--json", "--interval", "0.2").stdout)
+    assert document["generations"][0]["workers"][0]["requests_per_second"] == 0
+    master.stop()
+    assert master.command("top").returncode == 5
+
+
+def test_a_narrow_terminal_is_enough(master: Segue) -> None:
+    with terminal(master, "top", columns=40, rows=10) as screen:
+        screen.wait_for(r"segue default ready")
+        screen.type("q")
+        assert screen.wait_exit() == 0
+
+
+# ------------------------------------------------------------------------------------------- colours and progress
+
+
+def test_colours_are_for_terminals(master: Segue) -> None:
+    assert "\x1b" not in master.command("status").stdout
+    where = ("--runtime-dir", master.runtime_dir, "--name", master.name)
+    assert "\x1b[32m" in segue("status", *where, FORCE_COLOR="1").stdout
+    with terminal(master, "status") as screen:
+        assert screen.wait_exit() == 0
+        assert "\x1b[32m" in screen.raw
+    with terminal(master, "status", NO_COLOR="1") as screen:
+        assert screen.wait_exit() == 0
+        assert "\x1b" not in screen.raw
+        assert "active" in screen.raw
+
+
+def test_what_takes_long_says_so_on_a_terminal_and_leaves_nothing_behind(
+    master: Segue, application: Any
+) -> None:
+    application("2", prelude="import time; time.sleep(2.5)\n")
+    with terminal(master, "reload") as screen:
+        assert screen.wait_exit() == 0
+        assert re.search(r"boot … [12] s", screen.raw)
+        assert screen.raw.rpartition("\x1b[K")[2].strip().startswith("generation 2 serves")
+    quiet = master.command("reload")
+    assert "…" not in quiet.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- for all
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_each_shell(shell: str) -> None:
+    done = segue("completion", shell)
+    assert done.returncode == 0
+    assert "_SEGUE_COMPLETE" in done.stdout
+
+
+def test_completion_completes_in_a_real_bash(tmp_path: Path) -> None:
+    program = tmp_path / "segue"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m segue.supervisor.cli "$@"\n')
+    program.chmod(0o755)
+    env = environment(PYTHONPATH=str(ROOT))
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    script = """
+        eval "$(segue completion bash)"
+        COMP_WORDS=(segue rel) COMP_CWORD=1
+        _segue_completion segue
+        echo "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == ["reload"], done.stderr
+
+
+def test_every_command_that_prints_has_json(master: Segue) -> None:
+    def document(*arguments: str) -> Any:
+        done = master.command(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert document("status")["current"] == 1
+    assert document("reload")["generation"] == 2
+    assert document("scale", "2")["outcome"] == "ok"
+    assert document("drain", "start")["outcome"] == "ok"
+    assert document("drain", "stop")["outcome"] == "ok"
+    assert document("upgrade")["outcome"] == "ok"
+    assert document("logs") is not None
+    assert document("config", "--running")["app"]["value"] == "shop:app"
+    assert document("stop")["outcome"] == "ok"
+
+
+def test_the_verdict_of_check_as_json(application: Any) -> None:
+    directory = application("1")
+    good = segue("check", "shop:app", "--json", cwd=directory)
+    assert good.returncode == 0
+    assert json.loads(good.stdout)["ok"] is True
+    application("2", prelude="import nosuchmodule\n")
+    bad = segue("check", "shop:app", "--json", cwd=directory)
+    assert bad.returncode == 3
+    assert "nosuchmodule" in json.loads(bad.stdout)["reason"]
