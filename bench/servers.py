@@ -192,7 +192,7 @@ def segue(
         control = str(place / "run" / "bench" / "control.sock")
         return Segue(port, process, log, mark, launched, control=control, started_dir=place / "started")
 
-    return _running(bench, interpreter, command, environ, signal.SIGQUIT, server)
+    return running(bench, interpreter, command, environ, signal.SIGQUIT, server)
 
 
 def uvicorn(
@@ -204,21 +204,23 @@ def uvicorn(
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += [*(("--workers", str(workers)) if workers > 1 else ()), *options]
     environ = {"BENCH_START_S": str(start_s)}
-    return _running(bench, own(), command, environ, signal.SIGTERM, lambda *launched: Server(port, *launched))
+    return running(bench, own(), command, environ, signal.SIGTERM, lambda *launched: Server(port, *launched))
 
 
 ServerT = TypeVar("ServerT", bound=Server)
 
 
 @contextlib.contextmanager
-def _running(
+def running(
     bench: Bench,
     interpreter: Interpreter,
     command: Sequence[str],
     environ: dict[str, str],
     ending: signal.Signals,
     server: Callable[..., ServerT],
+    directory: Path | None = None,
 ) -> Iterator[ServerT]:
+    """Run `command` in `directory` for the length of a block, and end it and whatever it leaves behind."""
     mark = uuid.uuid4().hex
     path = bench.directory / f"{mark}.log"
     environ = {"PATH": os.environ.get("PATH", os.defpath), MARK: mark, **interpreter.environ, **environ}
@@ -229,7 +231,7 @@ def _running(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            cwd=bench.directory / "app",
+            cwd=directory or bench.directory / "app",
             env=environ,
             start_new_session=True,
             **interpreter.popen_options(),
