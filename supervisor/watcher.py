@@ -100,6 +100,25 @@ def _is_passed_over(directory: Path) -> bool:
     return name.startswith(".") or name in PASSED_OVER or (directory / ENVIRONMENT).exists()
 
 
+class Known:
+    """How files were when they were reported last: the kernel may tell of one save twice."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int, int] | None] = {}
+
+    def differs(self, path: str) -> bool:
+        """Whether it is another file by now, or of another time or size; or is gone."""
+        try:
+            found = os.stat(path)
+            now = (found.st_ino, found.st_mtime_ns, found.st_size)
+        except OSError:
+            now = None
+        if path in self._seen and self._seen[path] == now:
+            return False
+        self._seen[path] = now
+        return True
+
+
 def directories_of(order: Order) -> list[str]:
     """What is watched: the directories, and those among the includes; none below another."""
     named = [
@@ -135,7 +154,7 @@ def watch(order: Order, ended: threading.Event, say: Callable[[Report], None]) -
     """Report what is saved until `ended`. Raises OSError and RuntimeError of the library."""
     from watchfiles import watch as changes_of
 
-    counts, begun = Filter(order), False
+    counts, differs, begun = Filter(order), Known().differs, False
     for changes in changes_of(
         *directories_of(order),
         watch_filter=None,
@@ -149,7 +168,7 @@ def watch(order: Order, ended: threading.Event, say: Callable[[Report], None]) -
         if not begun:
             begun = True
             say(Report(watching=True))
-        saved = tuple(sorted({path for _, path in changes if counts(Path(path))}))
+        saved = tuple(sorted({path for _, path in changes if counts(Path(path)) and differs(path)}))
         if saved:
             forget_compiled(saved)
             say(Report(saved=saved))
