@@ -270,7 +270,7 @@ def test_wrong_flags_exit_with_2_and_name_the_key(application) -> None:
         (("--workers", "0"), "workers"),
         (("--ready-timeout", "soon"), "ready-timeout"),
         (("--bind", "nowhere"), "bind"),
-        (("--reload",), "reload"),
+        (("--reload", "--reload-dir", "nowhere"), "reload-dir"),
         (("--health-path", "x"), "health-path"),
     ):
         done = segue("serve", "shop:app", *arguments, cwd=directory)
@@ -289,6 +289,9 @@ def test_every_command_documents_its_exit_statuses() -> None:
         ["stop"],
         ["check"],
         ["config"],
+        ["top"],
+        ["events"],
+        ["logs"],
     ):
         done = segue(*command, "--help")
         assert done.returncode == 0
