@@ -189,6 +189,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recycle: RecycleLimits = RecycleLimits()
     figures_path: str | None = None
     """Where the worker writes its `Figures` (`segue.handoff.figures`). Removed by the master."""
+    log_format: str = "text"
+    """``text`` or ``json``."""
+    access_log_format: str | None = None
+    """``combined`` or ``json``; None: uvicorn's own, if any."""
     request_metrics: bool = True
     """Count responses by status class, and how long they took."""
     in_haste: bool = False

@@ -1,4 +1,4 @@
-"""The master's log: one line per thing that happened, ``event key=value …``, on standard error.
+"""The master's log: one line per thing that happened, ``event key=value …`` or JSON, on standard error.
 
 A full pipe must not stop the one loop: a line that does not fit is dropped, and the next that does says so.
 """
@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from segue.handoff import lines
+
 _ATOMIC_BYTES: Final = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking, pipe(7)
-
-
+_PRIORITY_BYTES: Final = 8  # and the newline
 _LEVELS: Final = {"trace": 5, "debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
@@ -31,6 +32,12 @@ class Log:
         self.tap: Callable[[str, str, Mapping[str, object]], None] | None = None
         """Is given every event, whatever its level and whether anybody reads this output."""
         self._least = _LEVELS["info"]
+        self._format = lines.TEXT
+        self._journal = lines.is_journal(fd, os.environ)
+
+    def set_format(self, wanted: str) -> None:
+        """Write lines as ``text``, ``json`` or, with ``auto``, what suits the place where they go."""
+        self._format = lines.chosen(wanted, self._fd)
 
     def set_level(self, level: str | None) -> None:
         """Write only events of at least `level` from now on; None: info."""
@@ -42,17 +49,24 @@ class Log:
             self.tap(level, event, fields)
         if _LEVELS[level] < self._least:
             return
-        output = str(fields.pop("output", "") or "")
-        words = [f"{key}={_quoted(value)}" for key, value in fields.items() if value is not None]
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        lines = [f"{stamp} {level.upper():<7} segue: {event} {' '.join(words)}".rstrip()]
-        lines += [f"    | {line}" for line in output.splitlines()]
+        written = self._lines(level, event, fields)
         if self._dropped:
-            lines.insert(
-                0, f"{stamp} WARNING segue: {self._dropped} lines were lost: nobody read this output"
-            )
-        for line in lines:
+            lost = f"{self._dropped} lines were lost: nobody read this output"
+            written = [*self._lines("warning", "lines-lost", {"reason": lost}), *written]
+        for line in written:
             self._write(line)
+
+    def _lines(self, level: str, event: str, fields: Mapping[str, object]) -> list[str]:
+        fields = {key: _rounded(value) for key, value in fields.items() if value is not None}
+        if self._format == lines.JSON:
+            written = [_fitting(level, {"event": event} | fields)]
+        else:
+            output = str(fields.pop("output", "") or "")
+            words = [f"{key}={_quoted(value)}" for key, value in fields.items()]
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            written = [f"{stamp} {level.upper():<7} segue: {event} {' '.join(words)}".rstrip()]
+            written += [f"    | {line}" for line in output.splitlines()]
+        return [lines.with_priority(line, level) for line in written] if self._journal else written
 
     def _write(self, line: str) -> None:
         data = line.encode(errors="replace")[: _ATOMIC_BYTES - 1] + b"\n"
@@ -66,9 +80,23 @@ class Log:
             self._dropped += 1
 
 
+def _fitting(level: str, fields: dict[str, object]) -> str:
+    """A line of JSON that isn't cut: of the longest text its end stays, where the reason stands."""
+    now = time.time()
+    while (
+        len((line := lines.json_line(now, level, "segue", fields)).encode()) > _ATOMIC_BYTES - _PRIORITY_BYTES
+    ):
+        key = max(fields, key=lambda key: len(str(fields[key])))
+        text = str(fields[key])
+        fields = fields | {key: "…" + text[len(text) // 4 + 1 :]}
+    return line
+
+
+def _rounded(value: object) -> object:
+    return round(value, 3) if isinstance(value, float) else value
+
+
 def _quoted(value: object) -> str:
-    if isinstance(value, float):
-        value = round(value, 3)
     text = str(value)
     if not text or any(character.isspace() or character in '"=' for character in text):
         return '"' + text.replace('"', "'").replace("\n", "; ") + '"'

@@ -574,6 +574,7 @@ class Master:
         taken = self.snapshots[generation]
         self.token = taken.token
         self.log.set_level(taken.settings.uvicorn.get("log_level"))
+        self.log.set_format(taken.settings.log_format)
         self.disk.clear()
         if previous is None:
             self._close_unused()  # what was kept for a start that asks for something else

@@ -52,6 +52,7 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
         effective, refusal = known, f"the settings on disk are refused: {error}"
         log("error", "settings-refused", reason=str(error), action="go on with those of the living workers")
     settings = effective.settings
+    log.set_format(settings.log_format)
     parent = os.path.abspath(settings.runtime_dir or default_runtime_dir(environ))
     instance = Instance(os.path.join(parent, settings.name))
     if trial:

@@ -511,6 +511,20 @@ TABLE: tuple[Setting, ...] = (
         uvicorn="log_level",
         choices=("critical", "error", "warning", "info", "debug", "trace"),
     ),
+    _text(
+        "log-format",
+        _LOG,
+        "How the log is written; auto is text on a terminal and JSON elsewhere.",
+        default="auto",
+        choices=("auto", "text", "json"),
+    ),
+    _text(
+        "access-log-format",
+        _LOG,
+        "How the access log is written; auto is uvicorn's own format in a text log, else JSON.",
+        default="auto",
+        choices=("auto", "uvicorn", "combined", "json"),
+    ),
     _switch("access-log", _LOG, "A line per request.", default=True, uvicorn="access_log", form=Form.PAIR),
     _switch(
         "use-colors",

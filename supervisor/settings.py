@@ -72,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     warm_up: tuple[str, ...]
     health_path: str | None
     request_metrics: bool
+    log_format: str
+    access_log_format: str
     admin: str | None
     """Written as a bind."""
     token_file: str | None
@@ -159,6 +161,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         warm_up=values["warm-up"],
         health_path=values["health-path"],
         request_metrics=values["request-metrics"],
+        log_format=values["log-format"],
+        access_log_format=values["access-log-format"],
         admin=checks.settle_admin(given, binds, base_dir),
         token_file=values["token-file"],
         stop_delay=values["stop-delay"],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from segue.handoff import lines
 from segue.handoff.listeners import Listener
 from segue.handoff.messages import RecycleLimits, ServiceRecord, WorkerSpec
 from segue.supervisor import settings as config
@@ -15,6 +16,8 @@ from segue.supervisor.instance import Instance
 from segue.supervisor.model import Limits
 from segue.supervisor.spawning import resolve_interpreter
 
+STDERR = 2
+"""The master's own, which its workers inherit."""
 HEARTBEATS_PER_TIMEOUT = 3
 """How many heartbeats a worker sends within the time after which its silence counts as a hang."""
 _JITTER = 0.1
@@ -92,7 +95,18 @@ class Snapshot(msgspec.Struct, frozen=True):
             recycle=_recycle_limits(settings),
             request_metrics=settings.request_metrics,
             in_haste=settings.reload,
+            log_format=lines.chosen(settings.log_format, STDERR),
+            access_log_format=_access_log_format(settings),
         )
+
+
+def _access_log_format(settings: config.Settings) -> str | None:
+    """None: uvicorn writes it, or nobody does."""
+    wanted = settings.access_log_format
+    if wanted == "auto":  # who gives a log configuration has said how uvicorn's lines look
+        is_json = lines.chosen(settings.log_format, STDERR) == lines.JSON
+        wanted = lines.JSON if is_json and "log_config" not in settings.uvicorn else "uvicorn"
+    return wanted if wanted != "uvicorn" and settings.uvicorn.get("access_log", True) else None
 
 
 def take(effective: config.Effective) -> Snapshot:

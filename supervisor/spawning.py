@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from segue.handoff import lines
 from segue.handoff.adoption import start_time
 from segue.handoff.messages import FdName, WorkerSpec
 from segue.handoff.occupant import INSTANCE
@@ -98,7 +99,8 @@ class Process(msgspec.Struct):
             return ""
         size = os.fstat(self.output).st_size
         data = os.pread(self.output, OUTPUT_TAIL_BYTES, max(0, size - OUTPUT_TAIL_BYTES))
-        return "\n".join(data.decode(errors="replace").splitlines()[-OUTPUT_TAIL_LINES:])
+        text = lines.readable(data.decode(errors="replace"))
+        return "\n".join(text.splitlines()[-OUTPUT_TAIL_LINES:])
 
     def printed(self) -> str:
         """What it printed before it was ready, as far as it is kept."""

@@ -87,6 +87,7 @@ def environment(**extra: str) -> dict[str, str]:
     }
     kept[MARK] = os.environ[MARK]
     kept.pop("NOTIFY_SOCKET", None)
+    kept["SEGUE_LOG_FORMAT"] = "text"  # as on a terminal
     return kept | extra
 
 

@@ -17,6 +17,7 @@ import msgspec
 
 from segue.handoff.descriptors import InheritanceError, raise_limit, take_inherited
 from segue.handoff.messages import FdName, WorkerPhase, WorkerSpec
+from segue.worker import logs
 from segue.worker.adoption import Adoption
 from segue.worker.output import BootOutput
 from segue.worker.priority import BootPriority
@@ -104,8 +105,11 @@ def _run(
 
     # carried out by `segue.worker.recycling`
     options = {key: value for key, value in spec.uvicorn.items() if not key.startswith("limit_max_requests")}
-    if options.get("use_colors") is None and on_terminal:
-        options["use_colors"] = True
+    if options.get("use_colors") is None:
+        options["use_colors"] = on_terminal and not os.environ.get("NO_COLOR")
+    if spec.access_log_format is not None:
+        options["access_log"] = False  # `segue.worker.access` writes it
+    logs.begin(spec.log_format, spec.generation, spec.worker, fds[FdName.STDOUT], fds[FdName.STDERR])
     # where the built-in application keeps what must last: one place for each instance
     os.environ["SEGUE_INSTANCE_NAME"] = spec.instance
     host = Host(Place(spec.settings_file, spec.env_file), spec.services, master_socket=spec.master_socket)
@@ -128,6 +132,8 @@ def _configure(app: str, options: dict[str, Any]) -> Any:
     # uvicorn reads the application's name only to log it; what is imported is what is given it below
     log_config = options.get("log_config")
     culprit = f"log-config {log_config}" if log_config else "the configuration"
+    if not log_config:
+        options = options | {"log_config": logs.configuration()}
     config = _explained(f"{culprit} can't be used", lambda: uvicorn.Config(app, **options))
     _log_like_uvicorn()
     module = app.partition(":")[0]
@@ -135,6 +141,8 @@ def _configure(app: str, options: dict[str, Any]) -> Any:
     if config.factory:
         config.app = _strict_factory(config.app)
     _explained(f"loading {app} failed", config.load)
+    if not log_config:
+        logs.dress_application()
     return config
 
 

@@ -12,6 +12,7 @@ import uvicorn
 from segue.handoff import descriptors
 from segue.handoff.messages import Counts, Figures, WorkerMode
 from segue.worker import usage
+from segue.worker.access import AccessLog
 from segue.worker.drain import Drain
 from segue.worker.gate import gate
 from segue.worker.intake import Intake
@@ -33,18 +34,19 @@ class Counting:
         drain: Drain,
         services: Hosted,
         requests: bool,
+        access: AccessLog | None,
     ) -> None:
-        """`https`: what is public, and then what is private. `requests`: count responses, too.
+        """`https`: what is public, and then what is private. `requests`: count responses, too; `access`: write each down.
 
         That has to be decided before the first connection is made.
         """
         self._https, self._intake, self._drain, self._services = https, intake, drain, services
         self._responses: Responses | None = None
         self._aborted = 0
-        if requests:
+        if requests or access is not None:
             responses = Responses()
-            if watch(config, responses):
-                self._responses = responses
+            if watch(config, responses, access):
+                self._responses = responses if requests else None
             else:
                 reason = f"responses of {config.http_protocol_class.__qualname__} can't be counted"
                 _log.warning("event=not-counted reason=%r", reason)

@@ -18,9 +18,12 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterator, MutableMapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from segue.handoff.messages import LATENCY_BOUNDS_S
+
+if TYPE_CHECKING:
+    from segue.worker.access import AccessLog
 
 Cycle: TypeAlias = Any
 """uvicorn's RequestResponseCycle: one request and its response."""
@@ -91,19 +94,19 @@ def _is_own(scope: MutableMapping[str, Any]) -> bool:
     return _OWN in scope or _OWN in (scope.get("state") or ())
 
 
-def watch(config: Any, responses: Responses) -> bool:
+def watch(config: Any, responses: Responses, access: AccessLog | None = None) -> bool:
     """Count what connections that are made from now on answer; False if `config`'s protocol doesn't let itself be counted.
 
-    `config` is a loaded ``uvicorn.Config``.
+    `config` is a loaded ``uvicorn.Config``. Each response is written down in `access`, too.
     """
     protocol, websocket = config.http_protocol_class, config.ws_protocol_class
     found = False
     for module in _modules(protocol):
         cycle = getattr(module, _CYCLE)
-        setattr(module, _CYCLE, _noting(getattr(cycle, "segue_counts", cycle), responses))
+        setattr(module, _CYCLE, _noting(getattr(cycle, "segue_counts", cycle), responses, access))
         for cls in vars(module).values():
             if isinstance(cls, type) and _COMPLETE in vars(cls):
-                _wrap(cls, _COMPLETE, functools.partial(_counting, responses))
+                _wrap(cls, _COMPLETE, functools.partial(_counting, responses, access))
                 _wrap(cls, "send_400_response", functools.partial(_before, responses.count_malformed))
                 found = True
     _wrap(websocket, "connection_made", functools.partial(_before, responses.count_websocket))
@@ -121,7 +124,7 @@ def _modules(protocol_class: type) -> Iterator[Any]:
             yield sys.modules[name]
 
 
-def _noting(cycle_class: type[Cycle], responses: Responses) -> type[Cycle]:
+def _noting(cycle_class: type[Cycle], responses: Responses, access: AccessLog | None) -> type[Cycle]:
     """A subclass of uvicorn's class that notes what is known only while a request is answered."""
     run_asgi, send, clock = cycle_class.run_asgi, cycle_class.send, time.perf_counter
 
@@ -137,11 +140,34 @@ def _noting(cycle_class: type[Cycle], responses: Responses) -> type[Cycle]:
             self.segue_status = message["status"]
         return send(self, message)  # type: ignore[no-any-return]
 
+    def note_size(self: Cycle, message: Any) -> Coroutine[Any, Any, None]:
+        self.segue_size += len(message.get("body", b""))
+        return note(self, message)
+
     members = {"run_asgi": begin, "send": note, "segue_status": 0, "segue_counts": cycle_class}
+    if access is not None:
+        run_asgi = _to_its_end(run_asgi, access)
+        members |= {"send": note_size, "segue_size": 0}
     return type(cycle_class.__name__, (cycle_class,), members | {"__module__": cycle_class.__module__})
 
 
-def _counting(responses: Responses, complete: Callable[..., None]) -> Callable[..., None]:
+def _to_its_end(run_asgi: Callable[..., Any], access: AccessLog) -> Callable[..., Coroutine[Any, Any, None]]:
+    """A `run_asgi` after which also a response that was broken off is written down."""
+
+    async def run(self: Cycle, app: Any) -> None:
+        try:
+            await run_asgi(self, app)
+        finally:
+            if not self.response_complete:
+                seconds = time.perf_counter() - self.segue_begun
+                access.write(self.scope, self.segue_status, self.segue_size, seconds, aborted=True)
+
+    return run
+
+
+def _counting(
+    responses: Responses, access: AccessLog | None, complete: Callable[..., None]
+) -> Callable[..., None]:
     """A protocol's `on_response_complete` that counts."""
     clock, bounds, first = time.perf_counter, LATENCY_BOUNDS_S, LATENCY_BOUNDS_S[0]
     classes, latency = responses.classes, responses.latency
@@ -155,6 +181,8 @@ def _counting(responses: Responses, complete: Callable[..., None]) -> Callable[.
             responses.rejected += 1
         else:
             classes[status // 100] += 1
+        if access is not None:
+            access.write(cycle.scope, status, cycle.segue_size, seconds, aborted=False)
 
     def on_response_complete(self: Any) -> None:
         count(self.segue_answers)

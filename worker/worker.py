@@ -23,6 +23,7 @@ from segue.handoff import descriptors
 from segue.handoff.http import serve
 from segue.handoff.messages import FdName, Figures, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
 from segue.worker import public, usage
+from segue.worker.access import AccessLog
 from segue.worker.accounts import Accounts
 from segue.worker.adoption import Adoption
 from segue.worker.counting import Counting
@@ -122,7 +123,13 @@ class Worker:
             self._http, self._intake, self._sockets[FdName.RELAY_WRITE], self._loop, spec.idle_grace_s
         )
         self._counting = Counting(
-            config, (self._http, self._probe.http), self._intake, self._drain, services, spec.request_metrics
+            config,
+            (self._http, self._probe.http),
+            self._intake,
+            self._drain,
+            services,
+            spec.request_metrics,
+            AccessLog(spec.access_log_format) if spec.access_log_format else None,
         )
         self._accounts = Accounts(spec.figures_path, self.figures, self._loop)
         self._master_gone = False

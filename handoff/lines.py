@@ -1,0 +1,74 @@
+"""What a line of the log looks like, master's or worker's: for a person, or JSON, with a priority for the journal.
+
+A line of JSON has ``time`` (RFC 3339), ``level``, ``logger``, and ``event`` or ``message``; then its fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from datetime import datetime
+
+import msgspec
+
+TEXT, JSON = "text", "json"
+PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7, "trace": 7}
+"""Of syslog(3), as ``<N>`` before a line tells them to the journal, sd-daemon(3)."""
+
+_PRIORITY = re.compile(r"^<[0-7]>", re.M)
+
+
+def chosen(wanted: str, fd: int) -> str:
+    """`TEXT` or `JSON`, for a setting that may be ``auto``: text on a terminal, JSON elsewhere."""
+    if wanted in {TEXT, JSON}:
+        return wanted
+    try:
+        return TEXT if os.isatty(fd) else JSON
+    except OSError:
+        return JSON
+
+
+def is_journal(fd: int, environ: Mapping[str, str]) -> bool:
+    """Whether what is written to `fd` goes to systemd's journal (``JOURNAL_STREAM``, systemd.exec(5))."""
+    with contextlib.suppress(OSError):
+        found = os.fstat(fd)
+        return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
+
+
+def with_priority(text: str, level: str) -> str:
+    """`text` with the priority of `level` before each of its lines."""
+    prefix = f"<{PRIORITIES.get(level, 6)}>"
+    return prefix + text.replace("\n", "\n" + prefix)
+
+
+def json_line(seconds: float, level: str, logger: str, fields: Mapping[str, object]) -> str:
+    """One line of JSON; `seconds` is Unix time."""
+    time = datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
+    line: dict[str, object] = {"time": time, "level": level, "logger": logger}
+    line |= {key: value for key, value in fields.items() if value is not None}
+    return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """What a person wants to see of a line of JSON."""
+
+    level: str
+    logger: str
+    message: str = ""
+    exception: str = ""
+
+
+def readable(text: str) -> str:
+    """`text`, lines of a log among others, for a person: without priorities, and JSON of ours as what it says."""
+    lines = []
+    for line in _PRIORITY.sub("", text).splitlines():
+        shown = line
+        if line.startswith('{"time":"'):
+            with contextlib.suppress(msgspec.MsgspecError):
+                found = msgspec.json.decode(line, type=_Line)
+                shown = f"{found.level.upper()}: {found.message}\n{found.exception}".rstrip()
+        lines.append(shown)
+    return "\n".join(lines)
