@@ -22,7 +22,7 @@ from segue.handoff.adoption import start_time
 from segue.handoff.messages import FdName, WorkerSpec
 from segue.handoff.occupant import INSTANCE
 
-OUTPUT_TAIL_BYTES = 8 * 1024
+OUTPUT_TAIL_BYTES = 32 * 1024
 OUTPUT_TAIL_LINES = 30
 PRINTED_BYTES = 64 * 1024
 _STRIPPED = (

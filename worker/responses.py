@@ -141,7 +141,8 @@ def _noting(cycle_class: type[Cycle], responses: Responses, access: AccessLog | 
         return send(self, message)  # type: ignore[no-any-return]
 
     def note_size(self: Cycle, message: Any) -> Coroutine[Any, Any, None]:
-        self.segue_size += len(message.get("body", b""))
+        if not self.disconnected:
+            self.segue_size += len(message.get("body", b""))
         return note(self, message)
 
     members = {"run_asgi": begin, "send": note, "segue_status": 0, "segue_counts": cycle_class}
