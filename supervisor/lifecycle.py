@@ -61,7 +61,8 @@ def _conclude(turn: Turn) -> None:
     operator_drain.check(turn)
     swaps.check(turn)
     probation.check(turn)
-    succession.check(turn)
+    promotion.check(turn)
+    succession.check(turn)  # what waited for the end of that
     promotion.check(turn)
     retirement.check(turn)
     stopping.check(turn)
@@ -160,6 +161,7 @@ _EVENTS: dict[type[m.Event], Callable[[Turn, m.Event], None]] = {
     m.StopAsked: stopping.asked,  # type: ignore[dict-item]
     m.Prepared: succession.prepared,  # type: ignore[dict-item]
     m.PrepareFailed: succession.prepare_failed,  # type: ignore[dict-item]
+    m.Checked: succession.checked,  # type: ignore[dict-item]
     m.Paused: overdue.paused,  # type: ignore[dict-item]
     m.TimePassed: overdue.time_passed,  # type: ignore[dict-item]
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from segue.supervisor import handover, probation, promotion, reports, retirement, staffing, stopping
 from segue.supervisor import model as m
-from segue.supervisor.model import State, WorkerState
+from segue.supervisor.model import ChangePhase, State, WorkerState
 from segue.supervisor.succession import PREPARE_TIMEOUT_S
 from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
@@ -19,6 +19,7 @@ _WATCHED = frozenset(
 def next_deadline(state: State) -> float | None:
     """When `TimePassed` is due next; None while nothing has a deadline."""
     times = [state.stopping.deadline if state.stopping else None, probation.next_deadline(state)]
+    times.append(state.promote.until if state.promote is not None else None)
     times.append(state.swap.deadline if state.swap is not None else state.recover_at)
     for generation in state.generations.values():
         times += [generation.deadline, retirement.next_deadline(state, generation)]
@@ -42,6 +43,8 @@ def paused(turn: Turn, event: m.Paused) -> None:
         turn.state.swap.deadline += shift
     if turn.state.probation is not None:
         turn.state.probation.until += shift
+    if turn.state.promote is not None and turn.state.promote.until is not None:
+        turn.state.promote.until += shift
     for generation in turn.state.generations.values():
         if generation.deadline is not None:
             generation.deadline = max(generation.deadline + shift, turn.now + PAUSE_GRACE_S)
@@ -89,8 +92,12 @@ def time_passed(turn: Turn, _event: m.TimePassed) -> None:
 
 def _generation_late(turn: Turn, generation: m.Generation) -> None:
     timeout = generation.limits.ready_timeout
-    if not generation.workers:
+    change = turn.state.change
+    if change is not None and change.generation == generation.id and change.phase is ChangePhase.PREPARE:
         promotion.fail(turn, generation, f"its settings could not be read within {PREPARE_TIMEOUT_S:g} s")
+        return
+    if not generation.workers:
+        promotion.fail(turn, generation, f"its code was not checked within {timeout:g} s (ready-timeout)")
         return
     late = [worker for worker in generation.workers.values() if worker.state is WorkerState.BOOTING]
     places = ", ".join(f"worker {worker.id} is in {worker.phase}" for worker in late)

@@ -7,6 +7,8 @@ breach is up to `segue.supervisor.promotion`.
 
 from __future__ import annotations
 
+import math
+
 from segue.supervisor import model as m
 from segue.supervisor.model import Outcome
 from segue.supervisor.turn import ACTIVATE_TIMEOUT_S, Turn
@@ -19,12 +21,15 @@ WINDOW_S = 30.0
 
 def begin(turn: Turn, generation: m.Generation, previous: m.Generation, seconds: float) -> None:
     """Watch `generation` for so long; `previous` is what it is compared with, and gone back to."""
+    turn.state.probation = record(generation, previous, turn.now + seconds)
+    turn.say("info", "probation", generation, None, previous=previous.id, seconds=seconds)
+
+
+def record(generation: m.Generation, previous: m.Generation, until: float = math.inf) -> m.Probation:
+    """A watch that begins now."""
     now = generation.traffic
     before = previous.traffic.marks[0] if previous.traffic.marks else (0.0, 0, 0)
-    turn.state.probation = m.Probation(
-        generation.id, previous.id, turn.now + seconds, (now.responses, now.errors), before[1:]
-    )
-    turn.say("info", "probation", generation, None, previous=previous.id, seconds=seconds)
+    return m.Probation(generation.id, previous.id, until, (now.responses, now.errors), before[1:])
 
 
 def watch_s(turn: Turn, generation: m.Generation) -> float:
@@ -39,10 +44,15 @@ def watch_s(turn: Turn, generation: m.Generation) -> float:
 
 def found(turn: Turn, generation: m.Generation, what: str) -> None:
     """Something is wrong with one of its workers."""
-    probation = turn.state.probation
-    if probation is not None and probation.generation == generation.id and not probation.breach:
-        probation.breach = what
-        turn.say("error", "probation-breached", generation, None, reason=what)
+    for watch in _watches(turn.state):
+        if watch.generation == generation.id and not watch.breach:
+            watch.breach = what
+            turn.say("error", "probation-breached", generation, None, reason=what)
+
+
+def _watches(state: m.State) -> list[m.Probation]:
+    beside = state.promote.watch if state.promote is not None else None
+    return [watch for watch in (state.probation, beside) if watch is not None]
 
 
 def counted(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
@@ -56,13 +66,11 @@ def counted(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.Wor
     traffic.responses += event.total - worker.responses
     traffic.errors += max(0, event.errors - worker.errors)
     worker.responses, worker.errors = event.total, event.errors
-    _compare(turn)
+    for watch in _watches(turn.state):
+        _compare(turn, watch)
 
 
-def _compare(turn: Turn) -> None:
-    probation = turn.state.probation
-    if probation is None:
-        return
+def _compare(turn: Turn, probation: m.Probation) -> None:
     generation = turn.state.generations[probation.generation]
     previous = turn.state.generations.get(probation.previous)
     if previous is not None:
@@ -86,7 +94,7 @@ def _share(traffic: m.Traffic, since: tuple[int, int]) -> float | None:
 
 
 def next_deadline(state: m.State) -> float | None:
-    """When it is over."""
+    """When it is over; what has been found is seen to at once."""
     probation = state.probation
     return None if probation is None or probation.breach else probation.until
 

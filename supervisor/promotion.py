@@ -11,11 +11,15 @@ at all; so is one whose workers don't have what was decided about services since
 
 from __future__ import annotations
 
+import msgspec
+
+from segue.supervisor import canary, probation, replacing, retirement, rolling, staffing, swaps
 from segue.supervisor import model as m
-from segue.supervisor import probation, retirement, staffing, swaps
 from segue.supervisor.model import GenerationState, Outcome, PromoteKind, PromotePhase, Strategy, WorkerState
 from segue.supervisor.turn import Turn
 
+_WITHOUT_RETURN = frozenset({PromotePhase.CLEAR, PromotePhase.ACTIVATE})
+"""Where a promote is awaited, whatever comes."""
 _NEW = frozenset(
     {GenerationState.BOOTING, GenerationState.STAGED, GenerationState.ACTIVATING, GenerationState.MIXED}
 )
@@ -27,7 +31,12 @@ UNKNOWN = 404
 
 
 def asked(turn: Turn, event: m.PromoteAsked) -> None:
-    """Somebody wants the staged generation to serve, or one that served before."""
+    """Somebody wants the staged generation to serve, or one that served before; or all of what is a canary by now."""
+    promote = turn.state.promote
+    if promote is not None and promote.until is not None and event.generation in {None, promote.generation}:
+        promote.operations += (event.operation,)
+        promote.until = turn.now
+        return
     if turn.refused(event.operation):
         return
     able = {
@@ -37,6 +46,7 @@ def asked(turn: Turn, event: m.PromoteAsked) -> None:
     if number is None:
         number = next((generation.id for generation in staged(turn.state)), None)
     if number in able:
+        able[number].limits = as_asked(event, able[number].limits)
         begin(turn, able[number], PromoteKind.PROMOTE, (event.operation,))
     else:
         refuse(
@@ -44,8 +54,23 @@ def asked(turn: Turn, event: m.PromoteAsked) -> None:
         )
 
 
+def as_asked(asked: m.Change | m.PromoteAsked, limits: m.Limits) -> m.Limits:
+    """What was said with the request has precedence over the settings."""
+    return msgspec.structs.replace(
+        limits,
+        strategy=limits.strategy if asked.strategy is None else asked.strategy,
+        canary=limits.canary if asked.canary is None else asked.canary,
+        canary_for=limits.canary_for if asked.canary_for is None else asked.canary_for,
+    )
+
+
 def rollback_asked(turn: Turn, event: m.RollbackAsked) -> None:
-    """Somebody wants one back that served before."""
+    """Somebody wants one back that served before; or the end of a canary, which is the same."""
+    state = turn.state
+    if state.promote is not None and state.promote.is_mixed and event.generation in {None, state.current}:
+        fail(turn, state.generations[state.promote.generation], "it was rolled back")
+        turn.settle(event.operation, ok=True, generation=state.current)
+        return
     if turn.refused(event.operation):
         return
     able = {generation.id: generation for generation in retirement.offered(turn.state)}
@@ -95,10 +120,16 @@ def begin(
     because: str = "",
 ) -> None:
     """Let `generation` take over; `check`, at the end of this turn, has the first step done."""
-    turn.state.recover_at = None
-    turn.state.promote = m.Promote(
+    state = turn.state
+    state.recover_at = None
+    if generation.wanted <= 0:
+        generation.missing = 0  # it is tried anew
+    for worker in list(generation.workers.values()):
+        if worker.swaps_seen < state.swap_count:
+            turn.dismiss(generation, worker, "a service was swapped since it was started")
+    promote = state.promote = m.Promote(
         generation.id,
-        turn.state.current,
+        state.current,
         kind,
         PromotePhase.MUSTER,
         Strategy.SURGE,
@@ -107,11 +138,13 @@ def begin(
         first,
         because,
     )
-    if generation.wanted <= 0:
-        generation.missing = 0  # it is tried anew
-    for worker in list(generation.workers.values()):
-        if worker.swaps_seen < turn.state.swap_count:
-            turn.dismiss(generation, worker, "a service was swapped since it was started")
+    if state.serving and not is_complete(turn, generation):
+        newer = state.generations[state.current or 0] if kind is PromoteKind.ROLLBACK else generation
+        promote.strategy = newer.limits.strategy
+        if promote.strategy is Strategy.ROLLING:
+            rolling.begin(turn, promote, generation)
+        elif promote.strategy is Strategy.REPLACE:
+            replacing.begin(turn, promote, generation, newer.limits.replace_timeout)
 
 
 def check(turn: Turn) -> None:
@@ -121,19 +154,35 @@ def check(turn: Turn) -> None:
     if promote is None:
         return
     generation = turn.state.generations[promote.generation]
+    if promote.watch is not None and promote.watch.breach:
+        fail(turn, generation, promote.watch.breach)
+        return
+    if promote.phase is PromotePhase.CLEAR and replacing.is_clear(turn, promote):
+        promote.phase = PromotePhase.MUSTER
     if promote.phase is PromotePhase.MUSTER:
         _muster(turn, promote, generation)
-    elif promote.phase is PromotePhase.ACTIVATE:
-        serving = generation.having(frozenset({WorkerState.ACTIVE}))
-        if len(serving) >= generation.wanted and not generation.having(frozenset({WorkerState.ACTIVATING})):
+    elif promote.phase is PromotePhase.CANARY:
+        if canary.is_over(turn, promote, generation):
+            _activate(turn, promote, generation)
+    elif promote.phase is PromotePhase.ROLLING and rolling.is_complete(turn, promote, generation):
+        _commit(turn, promote, generation)
+    if promote.phase is PromotePhase.ACTIVATE and not generation.having(frozenset({WorkerState.ACTIVATING})):
+        if len(generation.having(frozenset({WorkerState.ACTIVE}))) >= generation.wanted:
             _commit(turn, promote, generation)
+        else:
+            fail(turn, generation, "one of its workers has ended")
 
 
 def _go_back_if_breached(turn: Turn) -> None:
-    """As soon as no other promote runs: that one may succeed, and then there is nothing to go back from any more."""
-    watch = turn.state.probation
-    if watch is None or not watch.breach or turn.state.promote is not None:
+    """Unless another promote is about to succeed: then there is nothing to go back from any more."""
+    watch, promote = turn.state.probation, turn.state.promote
+    if watch is None or not watch.breach:
         return
+    if promote is not None:
+        if promote.kind is PromoteKind.ROLLBACK or promote.phase in _WITHOUT_RETURN:
+            return
+        reason = f"generation {watch.generation} is gone back from: {watch.breach}"
+        fail(turn, turn.state.generations[promote.generation], reason)
     able = {generation.id: generation for generation in retirement.offered(turn.state)}
     if watch.previous in able:
         reason = f"segue goes back to generation {watch.previous}: {watch.breach}"
@@ -145,7 +194,7 @@ def _go_back_if_breached(turn: Turn) -> None:
 
 
 def _muster(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
-    able = _able(turn, generation)
+    able = staffing.able(turn, generation)
     booting = generation.having(frozenset({WorkerState.BOOTING}))
     missing = generation.wanted - len(able) - len(booting)
     if missing > 0:
@@ -155,27 +204,28 @@ def _muster(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
         for _ in range(missing):
             turn.spawn(generation, gated=True)
     elif not booting:
-        promote.phase = PromotePhase.ACTIVATE
-        turn.move(generation, GenerationState.ACTIVATING)
-        generation.deadline = None
-        turn.effects.append(m.Progress(promote.operations, PromotePhase.ACTIVATE))
-        watch = probation.watch_s(turn, generation)
-        for worker in able:
-            turn.activate(generation, worker, watch)
+        if generation.state is GenerationState.BOOTING:
+            turn.move(generation, GenerationState.STAGED)
+        if canary.is_due(turn, promote, generation):
+            canary.begin(turn, promote, generation)
+        else:
+            _activate(turn, promote, generation)
 
 
-def _able(turn: Turn, generation: m.Generation) -> list[m.Worker]:
-    """Its workers that could serve at once, and have what was decided about services."""
-    return [
-        worker
-        for worker in generation.having(m.RETURNING | {WorkerState.READY})
-        if worker.swaps_seen >= turn.state.swap_count
-    ]
+def _activate(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
+    """All of them, or all that do not serve yet."""
+    promote.phase, promote.watch = PromotePhase.ACTIVATE, None
+    turn.move(generation, GenerationState.ACTIVATING)
+    generation.deadline = None
+    turn.effects.append(m.Progress(promote.operations, PromotePhase.ACTIVATE))
+    seconds = probation.watch_s(turn, generation)
+    for worker in staffing.able(turn, generation):
+        turn.activate(generation, worker, seconds)
 
 
 def is_complete(turn: Turn, generation: m.Generation) -> bool:
     """Whether it could serve at once."""
-    return len(_able(turn, generation)) >= generation.wanted > 0
+    return len(staffing.able(turn, generation)) >= generation.wanted > 0
 
 
 def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
@@ -188,7 +238,7 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     turn.move(generation, GenerationState.ACTIVE)
     state.current = generation.id
     state.recover_streak = generation.streak = 0
-    generation.warm_until = generation.kept_until = generation.deadline = None
+    generation.warm_until = generation.kept_until = generation.deadline = generation.drain_budget = None
     turn.effects.append(m.Promoted(generation.id, previous.id if previous is not None else None))
     if previous is not None and back:
         turn.say("warning", "rolled-back", generation, None, previous=previous.id, reason=promote.because)
@@ -211,14 +261,14 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
 def _relieve(turn: Turn, promote: m.Promote, previous: m.Generation, generation: m.Generation) -> None:
     """The old one has done its duty, and is kept for a while; not so if it was found to be no good."""
     limits = generation.limits
-    previous.served_until = turn.now
+    previous.served_until, previous.ceded = turn.now, 0
     if previous.state is GenerationState.ACTIVE:
         retirement.drain(turn, previous)
     if promote.because:
         retirement.retire(turn, previous, "it was gone back from")
         return
     watched = limits.probation if promote.is_watched else 0.0
-    if limits.park_for > 0:
+    if limits.park_for > 0 and promote.strategy is Strategy.SURGE:
         previous.warm_until = turn.now + limits.park_for
     if max(limits.park_for, watched) > 0:
         previous.kept_until = turn.now + max(limits.park_for, watched)
@@ -257,13 +307,28 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
     generation.deadline = None
     if generation.state in _NEW:
         _give_up(turn, generation, reason)
+    else:
+        for worker in generation.having(frozenset({WorkerState.BOOTING, WorkerState.READY})):
+            turn.terminate(generation, worker, "it is no longer needed")
+    if promote is not None and promote.previous is not None and state.promote is None:
+        _go_on(turn, state.generations[promote.previous], generation)
+
+
+def _go_on(turn: Turn, current: m.Generation, failed: m.Generation) -> None:
+    """The generation that was to be taken over from has all its places again, or is started again."""
+    if current is failed:
         return
-    for worker in generation.having(frozenset({WorkerState.BOOTING, WorkerState.READY})):
-        turn.terminate(generation, worker, "it is no longer needed")
+    current.ceded = 0
+    if current.state is GenerationState.ACTIVE:
+        staffing.fill(turn, current)
+    elif turn.state.stopping is None:
+        because = f"generation {failed.id} has taken its place and failed"
+        begin(turn, current, PromoteKind.ROLLBACK, because=because)
 
 
 def _give_up(turn: Turn, generation: m.Generation, reason: str) -> None:
-    turn.move(generation, GenerationState.FAILED)
+    stays = generation.id == turn.state.current
+    turn.move(generation, GenerationState.DRAINING if stays else GenerationState.FAILED)
     generation.reason = reason
     generation.respawn_at.clear()
     leaving = []

@@ -33,7 +33,7 @@ def drain(turn: Turn, generation: m.Generation) -> None:
 
 def drained(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
     """Nothing is left in one of its workers."""
-    if generation.state in _KEPT and _is_warm(turn, generation):
+    if _is_warm(turn, generation) and worker.swaps_seen >= turn.state.swap_count:
         last = generation.warm_until if generation.warm_until is not None else turn.now
         turn.park(generation, worker, max(0.0, last - turn.now) + generation.limits.ready_timeout)
     else:
@@ -107,10 +107,12 @@ def _is_busy(state: m.State, generation: m.Generation) -> bool:
 
 
 def _is_warm(turn: Turn, generation: m.Generation) -> bool:
-    if generation.warm_until is not None:
-        return generation.warm_until > turn.now
     promote = turn.state.promote
-    return promote is not None and promote.generation == generation.id
+    if promote is not None and promote.generation == generation.id:
+        return True
+    return (
+        generation.state in _KEPT and generation.warm_until is not None and generation.warm_until > turn.now
+    )
 
 
 def _release(turn: Turn, generation: m.Generation) -> None:

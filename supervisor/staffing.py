@@ -24,6 +24,15 @@ def respawn_later(turn: Turn, generation: m.Generation) -> None:
     generation.respawn_at.append(turn.now + backoff(generation.streak))
 
 
+def able(turn: Turn, generation: m.Generation) -> list[m.Worker]:
+    """Its workers that could serve at once, and have what was decided about services."""
+    return [
+        worker
+        for worker in generation.having(m.RETURNING | {WorkerState.READY})
+        if worker.swaps_seen >= turn.state.swap_count
+    ]
+
+
 def admit(turn: Turn) -> None:
     """Let workers that became ready in the current generation serve; while a swap is undecided they wait.
 
@@ -70,9 +79,8 @@ def fill(turn: Turn, generation: m.Generation) -> None:
 
 def replace(turn: Turn, generation: m.Generation, worker: m.Worker, why: str) -> None:
     """Start-first: another worker of the same generation, and this one leaves when that one serves."""
-    if not worker.replace_why:
-        worker.replace_why = why
-        replace_next(turn, generation)
+    worker.replace_why = worker.replace_why or why
+    replace_next(turn, generation)
 
 
 def replace_next(turn: Turn, generation: m.Generation) -> None:
@@ -81,7 +89,9 @@ def replace_next(turn: Turn, generation: m.Generation) -> None:
         return
     if any(other.replaces is not None for other in generation.workers.values()):
         return
-    for worker in generation.having(m.SERVING):
+    promote = turn.state.promote
+    mixed = promote is not None and promote.is_mixed  # only who can't be waited for
+    for worker in generation.having(frozenset({WorkerState.HUNG}) if mixed else m.SERVING):
         if worker.replace_why and worker.deadline is None:
             turn.say("warning", "worker-replaced", generation, worker, reason=worker.replace_why)
             turn.spawn(generation, gated=True, replaces=worker.id)
@@ -122,6 +132,8 @@ def scale_asked(turn: Turn, event: m.ScaleAsked) -> None:
         refusal = STOPPING_CAUSE
     elif state.changing or current is None:
         refusal = "a reload is running; try again when it has ended"
+    elif not turn.serves(current):
+        refusal = "no worker serves; try again when one does"
     elif state.scaling is not None and state.scaling.operation is not None:
         refusal = "the number of workers is being changed already"
     if refusal or current is None:
@@ -185,7 +197,9 @@ def check_scaling(turn: Turn) -> None:
 def undo_scaling(turn: Turn, generation: m.Generation, reason: str, output: str = "") -> None:
     """It can't be done: back to the number that there was."""
     assert turn.state.scaling is not None
-    generation.target, generation.missing = turn.state.scaling.before, turn.state.scaling.missing
+    generation.target = turn.state.scaling.before
+    lacking = generation.target - len(generation.having(m.SERVING))  # some may have come by now
+    generation.missing = max(0, min(turn.state.scaling.missing, lacking))
     end_scaling(turn, ok=False, reason=reason, output=output)
     fill(turn, generation)
 

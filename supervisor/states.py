@@ -47,7 +47,9 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
             GenerationState.FAILED,
         }
     ),
-    GenerationState.ACTIVATING: frozenset({GenerationState.ACTIVE, GenerationState.FAILED}),
+    GenerationState.ACTIVATING: frozenset(
+        {GenerationState.ACTIVE, GenerationState.DRAINING, GenerationState.FAILED}
+    ),
     GenerationState.MIXED: frozenset(
         {GenerationState.ACTIVATING, GenerationState.ACTIVE, GenerationState.FAILED}
     ),
@@ -66,7 +68,8 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
     GenerationState.RETIRED: frozenset(),
     GenerationState.FAILED: frozenset({GenerationState.RETIRED}),
 }
-"""What may follow on what. A failed generation is retired once its last process has ended."""
+"""What may follow on what. A failed generation is retired once its last process has ended; only the current one, if it
+does not come back after a try to replace it, isn't: it stays the current one until another is."""
 
 
 class WorkerState(enum.StrEnum):
@@ -271,8 +274,8 @@ class ChangePhase(enum.StrEnum):
     CHECK = "check"
     """It is being tried whether its code can be imported, before the old workers end (`Strategy.REPLACE`)."""
     BOOT = "boot"
-    STAGED = "staged"
-    """It is ready and waits until something else is over."""
+    WAIT = "wait"
+    """It can be promoted and waits until another promote is over."""
 
 
 @dataclass(slots=True)
@@ -289,6 +292,36 @@ class Change:
     canary: int | None = None
     canary_for: float | None = None
     phase: ChangePhase = ChangePhase.PREPARE
+
+
+class Outcome(enum.StrEnum):
+    """How a probation ended."""
+
+    PASSED = "passed"
+    ROLLED_BACK = "rolled back"
+    KEPT = "kept"
+    """It failed, and serves on: there was nothing to go back to."""
+    SUPERSEDED = "superseded"
+    """Another generation took over before it was over, since somebody asked for that."""
+    STOPPED = "stopped"
+
+
+@dataclass(slots=True)
+class Probation:
+    """The watch over the current generation after its promote, or over a canary before it."""
+
+    generation: int
+    previous: int
+    """To which segue goes back."""
+    until: float
+    since: tuple[int, int]
+    """What `generation` had answered when it began: responses, and 5xx among them."""
+    before: tuple[int, int]
+    """The same of `previous`, at the begin of what is compared."""
+    share_before: float = 0.0
+    """Of 5xx in what `previous` has answered since then."""
+    breach: str = ""
+    """What was found wrong; it is gone back as soon as no other promote stands in the way."""
 
 
 class PromoteKind(enum.StrEnum):
@@ -331,43 +364,21 @@ class Promote:
     first: bool = False
     because: str = ""
     """Why segue itself goes back; empty: somebody asked."""
+    watch: Probation | None = None
+    """Over those of its workers that serve before all do."""
     until: float | None = None
-    """When the canary is over."""
+    """So long the promote waits, while a canary serves."""
+    waited: bool = False
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether two generations serve on purpose."""
+        return self.phase in {PromotePhase.CANARY, PromotePhase.ROLLING}
 
     @property
     def is_watched(self) -> bool:
         """Whether what is promoted is on probation afterwards: it is new, and there is something to go back to."""
         return self.kind is not PromoteKind.ROLLBACK and self.previous is not None
-
-
-class Outcome(enum.StrEnum):
-    """How a probation ended."""
-
-    PASSED = "passed"
-    ROLLED_BACK = "rolled back"
-    KEPT = "kept"
-    """It failed, and serves on: there was nothing to go back to."""
-    SUPERSEDED = "superseded"
-    """Another generation took over before it was over, since somebody asked for that."""
-    STOPPED = "stopped"
-
-
-@dataclass(slots=True)
-class Probation:
-    """The watch over the current generation after its promote, or over a canary before it."""
-
-    generation: int
-    previous: int
-    """To which segue goes back."""
-    until: float
-    since: tuple[int, int]
-    """What `generation` had answered when it began: responses, and 5xx among them."""
-    before: tuple[int, int]
-    """The same of `previous`, at the begin of what is compared."""
-    share_before: float = 0.0
-    """Of 5xx in what `previous` has answered since then."""
-    breach: str = ""
-    """What was found wrong; it is gone back as soon as no other promote stands in the way."""
 
 
 @dataclass(slots=True)
@@ -496,6 +507,8 @@ class State:
         other.generations = {key: generation.clone() for key, generation in self.generations.items()}
         other.change = copy(self.change)
         other.promote = copy(self.promote)
+        if other.promote is not None:
+            other.promote.watch = copy(other.promote.watch)
         other.probation = copy(self.probation)
         other.scaling = copy(self.scaling)
         other.stopping = copy(self.stopping)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from segue.supervisor import model as m
 from segue.supervisor import promotion, retirement
-from segue.supervisor.model import ChangePhase, GenerationState, PromoteKind, WorkerState
+from segue.supervisor.model import ChangePhase, GenerationState, PromoteKind, Strategy, WorkerState
 from segue.supervisor.staffing import backoff
 from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
@@ -86,11 +86,33 @@ def prepared(turn: Turn, event: m.Prepared) -> None:
         or change.phase is not ChangePhase.PREPARE
     ):
         return
-    generation.target, generation.limits = event.workers, event.limits
+    generation.target, generation.limits = event.workers, promotion.as_asked(change, event.limits)
     generation.deadline = turn.now + event.limits.ready_timeout
-    _progress(turn, change, ChangePhase.BOOT)
-    for _ in range(generation.target):
-        turn.spawn(generation)
+    strategy = generation.limits.strategy if turn.state.serving else Strategy.SURGE
+    if strategy is not Strategy.SURGE and change.stage:
+        reason = f"with strategy {strategy} nothing can be staged: it would be started beside what serves"
+        promotion.fail(turn, generation, reason)
+    elif strategy is Strategy.REPLACE:
+        _progress(turn, change, ChangePhase.CHECK)
+        turn.effects.append(m.Check(generation.id))
+    elif strategy is Strategy.ROLLING:
+        generation.deadline, change.phase = None, ChangePhase.WAIT
+    else:
+        _progress(turn, change, ChangePhase.BOOT)
+        for _ in range(generation.target):
+            turn.spawn(generation)
+
+
+def checked(turn: Turn, event: m.Checked) -> None:
+    """Its code can be imported, or not."""
+    change = turn.state.change
+    if change is None or change.generation != event.generation or change.phase is not ChangePhase.CHECK:
+        return
+    generation = turn.state.generations[event.generation]
+    if event.error:
+        promotion.fail(turn, generation, event.error, event.output)
+    else:
+        generation.deadline, change.phase = None, ChangePhase.WAIT
 
 
 def prepare_failed(turn: Turn, event: m.PrepareFailed) -> None:
@@ -112,8 +134,8 @@ def check(turn: Turn) -> None:
     ):
         turn.move(generation, GenerationState.STAGED)
         generation.deadline = None
-        change.phase = ChangePhase.STAGED
-    if change.phase is not ChangePhase.STAGED:
+        change.phase = ChangePhase.WAIT
+    if change.phase is not ChangePhase.WAIT:
         return
     if change.stage:
         turn.state.change = None
@@ -138,6 +160,8 @@ def discard_asked(turn: Turn, event: m.DiscardAsked) -> None:
     able = {generation.id: generation for generation in staged}
     if change is not None and not change.first:
         able[change.generation] = state.generations[change.generation]
+    if state.promote is not None and state.promote.is_mixed:
+        able[state.promote.generation] = state.generations[state.promote.generation]
     able |= {generation.id: generation for generation in retirement.offered(state)}
     number = event.generation
     if number is None:
@@ -145,15 +169,15 @@ def discard_asked(turn: Turn, event: m.DiscardAsked) -> None:
     if number not in able:
         none = "no generation is staged"
         promotion.refuse(turn, event.operation, number, able, none=none, wrong="not to be discarded")
-    elif state.promote is not None and number == state.promote.generation:
+    elif state.promote is not None and not state.promote.is_mixed and number == state.promote.generation:
         turn.refused(event.operation)
     else:
         generation = able[number]
         turn.say("info", "discarded", generation, None)
         turn.settle(event.operation, ok=True, generation=generation.id)
-        if change is not None and change.generation == generation.id:
+        if any(each is not None and each.generation == number for each in (change, state.promote)):
             promotion.fail(turn, generation, "it was discarded")
-        else:
+        if generation.state is not GenerationState.FAILED:
             retirement.retire(turn, generation, "it was discarded")
 
 

@@ -19,7 +19,16 @@ from typing import Any
 
 from segue.supervisor import lifecycle, swaps
 from segue.supervisor import model as m
-from segue.supervisor.model import GenerationState, ServicesState, SwapPhase, Verb, WorkerState
+from segue.supervisor.model import (
+    ChangePhase,
+    GenerationState,
+    PromotePhase,
+    ServicesState,
+    Strategy,
+    SwapPhase,
+    Verb,
+    WorkerState,
+)
 
 LIMITS = m.Limits(ready_timeout=20.0, drain_timeout=60.0, stop_timeout=10.0, heartbeat_timeout=9.0)
 BOOT_S = 1.0
@@ -213,15 +222,15 @@ class World:
 
     # ----------------------------------------------------------------------------------------- the operator
 
-    def reload(self) -> int:
+    def reload(self, **asked: Any) -> int:
         """Ask for a reload; returns the operation."""
-        return self._ask(m.ReloadAsked)
+        return self._ask(lambda number: m.ReloadAsked(number, **asked))
 
     def stage(self) -> int:
         return self._ask(m.StageAsked)
 
-    def promote(self, generation: int | None = None) -> int:
-        return self._ask(lambda number: m.PromoteAsked(number, generation))
+    def promote(self, generation: int | None = None, **asked: Any) -> int:
+        return self._ask(lambda number: m.PromoteAsked(number, generation, **asked))
 
     def discard(self, generation: int | None = None) -> int:
         return self._ask(lambda number: m.DiscardAsked(number, generation))
@@ -445,6 +454,8 @@ class World:
         match effect:
             case m.Prepare(generation):
                 self._prepare(generation)
+            case m.Check(generation):
+                self._check_code(generation)
             case m.Spawn(generation, worker):
                 key = (generation, worker)
                 assert key not in self.spawned, f"{key} is spawned twice"
@@ -509,6 +520,14 @@ class World:
             self._tell(m.Prepared(generation, workers, self.limits))
 
         self._at(50.0 if settings == "late" else 0.02, done)
+
+    def _check_code(self, generation: int) -> None:
+        """A throw-away process imports it."""
+        behaviour = self.releases[generation][1]
+        if behaviour == "hangs":
+            return
+        error = "exited with 3 during import: ModuleNotFoundError" if behaviour == "exits" else ""
+        self._at(0.3, lambda: self._tell(m.Checked(generation, error, error and "Traceback")))
 
     def _gate(self, effect: m.Spawn) -> None:
         """A respawn starts only if its code is still there."""
@@ -819,6 +838,8 @@ class World:
         promoted = [each.generation for each in effects if isinstance(each, m.Promoted)]
         if isinstance(asked, m.ReloadAsked):
             assert promoted == [settled.generation], "a reload succeeded without a promote"
+        elif isinstance(asked, m.RollbackAsked) and not promoted:
+            assert settled.generation == self.state.current, f"{asked}: nothing was gone back to"
         elif isinstance(asked, m.PromoteAsked | m.RollbackAsked):
             assert promoted == [settled.generation], f"{asked} succeeded without a promote"
             assert asked.generation in {None, settled.generation}
@@ -1011,11 +1032,12 @@ class Checks:
 
     def one_generation_is_active(self) -> None:
         active = [g.id for g in self.after.generations.values() if g.state is GenerationState.ACTIVE]
-        if active != ([] if self.after.current is None else [self.after.current]):
+        cleared = self.world.limits.strategy is Strategy.REPLACE and not active
+        if active != ([] if self.after.current is None else [self.after.current]) and not cleared:
             self.fail(f"{active} are active")
         ending = {GenerationState.DRAINING, GenerationState.FAILED, GenerationState.RETIRED}
         for generation in self.after.generations.values():
-            if generation.state in ending and not generation.workers:
+            if generation.state in ending and not generation.workers and generation.id != self.after.current:
                 self.fail(f"generation {generation.id} has ended and is not retired")
 
     def spawns(self) -> None:
@@ -1033,8 +1055,12 @@ class Checks:
         """SIGTERM is for those that never served, or that did not take a stop."""
         for effect in self.effects:
             if isinstance(effect, m.Kill) and not effect.now:
-                worker = self.before.generations[effect.generation].workers[effect.worker]
-                if worker.state not in {WorkerState.BOOTING, WorkerState.READY, WorkerState.STOPPING}:
+                worker = self.before.generations[effect.generation].workers.get(effect.worker)
+                if worker is not None and worker.state not in {
+                    WorkerState.BOOTING,
+                    WorkerState.READY,
+                    WorkerState.STOPPING,
+                }:
                     self.fail("a worker that may have accepted connections is ended without handing over")
 
     def commands(self) -> None:
@@ -1058,8 +1084,13 @@ class Checks:
                     replaced = generation.state in over and generation.id in self.world.promoted
                     if generation.id == current:
                         active = frozenset({WorkerState.ACTIVE})
-                        if generation.id not in self.world.harmed and not generation.having(active):
+                        if generation.id in self.world.harmed or generation.state is GenerationState.DRAINING:
+                            continue
+                        if not generation.having(active):
                             self.fail("the last worker is told to be quiet")
+                        before = self.before.promote
+                        if before is not None and before.phase is PromotePhase.CANARY and promote is not None:
+                            self.fail("a worker hands over while a canary serves")
                     elif not replaced and generation.state is not GenerationState.FAILED:
                         self.fail("an old worker is told to be quiet before the promote")
                 case Verb.HAND_OVER:
@@ -1068,8 +1099,14 @@ class Checks:
                 case _:
                     pass
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the current generation is to serve: not while it makes room for what can't run beside it."""
+        current = self.after.generations.get(self.after.current or 0)
+        return current is not None and current.state is GenerationState.ACTIVE
+
     def never_zero_serving(self) -> None:
-        if self.after.stopping is not None or self.before.current is None:
+        if self.after.stopping is not None or self.before.current is None or not self.is_serving:
             return
         if self.after.current not in self.world.harmed and not self.world.serving():
             self.fail("nobody accepts, though nobody crashed, hung or was asked to stop")
@@ -1085,6 +1122,19 @@ class Checks:
         if self.after.current is None or (self.after.stopping and self.after.stopping.begun):
             return
         generation = self.after.generations[self.after.current]
+        if not self.is_serving:
+            if not self.after.changing and self.after.recover_at is None and self.after.stopping is None:
+                self.fail("nothing serves, and nothing will be tried")
+            return
+        promote = self.after.promote
+        if promote is not None and promote.phase is PromotePhase.ROLLING:
+            new = self.after.generations[promote.generation]
+            most = max(generation.wanted + generation.ceded, new.wanted)
+            spawned = [
+                each for each in self.effects if isinstance(each, m.Spawn) and each.generation == new.id
+            ]
+            if spawned and len(generation.workers) + len(new.workers) > most + 1:
+                self.fail("more workers than one beyond the number that is wanted")
         replacing = [w for w in generation.workers.values() if w.replaces is not None]
         if len(replacing) > 1:
             self.fail("more than one worker is being replaced")
@@ -1106,6 +1156,8 @@ class Checks:
         """Whoever isn't where it may stay has a deadline, or something to wait for that has one."""
         state = self.after
         serving = {GenerationState.ACTIVE, GenerationState.ACTIVATING, GenerationState.MIXED}
+        waiting = {GenerationState.STAGED, GenerationState.MIXED}
+        kept = {GenerationState.DRAINING, GenerationState.PARKED, GenerationState.MIXED}
         for generation in state.generations.values():
             self.way_of(generation)
             replacing = any(worker.replaces is not None for worker in generation.workers.values())
@@ -1113,7 +1165,7 @@ class Checks:
                 match worker.state:
                     case WorkerState.READY if state.swap is not None and not state.swap.decided:
                         on = True
-                    case WorkerState.READY if generation.state is GenerationState.STAGED:
+                    case WorkerState.READY if generation.state in waiting:
                         on = True
                     case WorkerState.BOOTING | WorkerState.READY:
                         on = worker.deadline is not None or generation.deadline is not None
@@ -1121,7 +1173,7 @@ class Checks:
                         on = generation.state in serving
                     case WorkerState.PARKED:
                         on = generation.warm_until is not None or generation.id in self.coming()
-                        on = on and generation.state in {GenerationState.DRAINING, GenerationState.PARKED}
+                        on = on and generation.state in kept
                     case WorkerState.HUNG:
                         on = worker.deadline is not None or replacing or state.stopping is not None
                     case WorkerState.QUIET:
@@ -1171,8 +1223,14 @@ class Checks:
         activating = generation.having(frozenset({WorkerState.ACTIVATING}))
         on = True
         match state:
+            case GenerationState.BOOTING if generation.deadline is None:
+                promote = self.after.promote
+                waits = change is not None and change.phase is ChangePhase.WAIT
+                on = promote is not None and (waits or promote.phase is PromotePhase.CLEAR)
             case GenerationState.BOOTING:
-                on = generation.deadline is not None and generation.id in self.coming()
+                on = generation.id in self.coming()
+            case GenerationState.MIXED:
+                on = self.is_rolling_on(generation)
             case GenerationState.STAGED if change is not None and change.generation == generation.id:
                 on = self.after.promote is not None
             case GenerationState.ACTIVATING:
@@ -1181,6 +1239,15 @@ class Checks:
                 on = generation.kept_until is not None or generation.id in self.coming()
         if not on:
             self.fail(f"generation {generation.id} stays {state}")
+
+    def is_rolling_on(self, generation: m.Generation) -> bool:
+        """Whether a generation that serves beside another waits for something that comes."""
+        promote, current = self.after.promote, self.after.generations.get(self.after.current or 0)
+        if promote is None or promote.generation != generation.id or current is None:
+            return False
+        coming = generation.having(frozenset({WorkerState.BOOTING, WorkerState.ACTIVATING}))
+        leaving = [w for w in current.workers.values() if w.state not in m.SERVING]
+        return bool(coming or leaving) or promote.until is not None
 
     # Services
 

@@ -42,13 +42,21 @@ class AnyOrder(RuleBasedStateMachine):
         behaviour=st.sampled_from(("good", "good", "good", *CODES)),
         ready=st.booleans(),
         services=st.sampled_from((True, True, True, False)),
-        park_for=st.sampled_from((0.0, 10.0, 100.0)),
-        probation=st.sampled_from((0.0, 10.0, 100.0)),
+        deploys=st.fixed_dictionaries(
+            {
+                "park_for": st.sampled_from((0.0, 10.0, 100.0)),
+                "probation": st.sampled_from((0.0, 10.0, 100.0)),
+                "strategy": st.sampled_from((m.Strategy.SURGE, m.Strategy.SURGE, *m.Strategy)),
+                "replace_timeout": st.just(5.0),
+                "canary": st.sampled_from((0, 0, 1, 2)),
+                "canary_for": st.sampled_from((5.0, 100.0)),
+            }
+        ),
     )
     def start(
-        self, workers: int, behaviour: str, ready: bool, services: bool, park_for: float, probation: float
+        self, workers: int, behaviour: str, ready: bool, services: bool, deploys: dict[str, Any]
     ) -> None:
-        limits = msgspec.structs.replace(LIMITS, park_for=park_for, probation=probation)
+        limits = msgspec.structs.replace(LIMITS, **deploys)
         self.world = World(workers, limits) if services else World(workers, limits, handover=None)
         self.world.behaviour = behaviour
         self.world.reload()
