@@ -155,6 +155,8 @@ def reload(
     )
     seconds = sum(seconds for phase, seconds in operation["phases"].items() if phase != "queued")
     click.echo(f"generation {operation['generation']} serves ({seconds:.2f} s)")
+    if operation.get("changes"):
+        click.echo(f"changed: {operation['changes']['summary']}")
 
 
 def _swap(

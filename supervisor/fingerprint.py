@@ -27,17 +27,25 @@ def fingerprint(app_dir: str, python: str, settings: bytes) -> str:
     Reads files: not for the event loop.
     """
     digest = hashlib.sha256()
-    seen: dict[_Key, bytes] = {}
-    for path in _code_files(app_dir):
-        content = _content(path, seen)
-        if content is not None:
-            digest.update(os.path.relpath(path, app_dir).encode() + b"\0" + content)
-    _digests.clear()
-    _digests.update(seen)
-    for name in _distributions(python):
+    for path, content in files(app_dir).items():
+        digest.update(path.encode() + b"\0" + content)
+    for name in distributions(python):
         digest.update(name.encode() + b"\n")
     digest.update(app_dir.encode() + b"\0" + python.encode() + b"\0" + settings)
     return digest.hexdigest()[:12]
+
+
+def files(app_dir: str) -> dict[str, bytes]:
+    """The digest of each code file, by its path in `app_dir`, in the order in which they are found."""
+    seen: dict[_Key, bytes] = {}
+    found = {}
+    for path in _code_files(app_dir):
+        content = _content(path, seen)
+        if content is not None:
+            found[os.path.relpath(path, app_dir)] = content
+    _digests.clear()
+    _digests.update(seen)
+    return found
 
 
 def _code_files(root: str) -> Iterator[str]:
@@ -72,7 +80,7 @@ def _content(path: str, seen: dict[_Key, bytes]) -> bytes | None:
     return content
 
 
-def _distributions(python: str) -> list[str]:
+def distributions(python: str) -> list[str]:
     """Names and versions of what is installed beside the interpreter, from the names of their directories."""
     prefix = Path(python).parent.parent
     return sorted(path.name for path in prefix.glob("lib/python3.*/site-packages/*.dist-info"))

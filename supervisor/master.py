@@ -22,6 +22,8 @@ import msgspec
 from segue.handoff.listeners import BindError, Listener
 from segue.supervisor import adoption, inherited, lifecycle, memory, model, snapshot, upgrade
 from segue.supervisor import settings as config
+from segue.supervisor.code import Changes, compare
+from segue.supervisor.code import read as read_code
 from segue.supervisor.exits import Status
 from segue.supervisor.journal import Journal
 from segue.supervisor.listening import Listening
@@ -123,6 +125,12 @@ class Master:
             self.workers.adopt(worker, self.snapshots.get(worker.key[0]))
         living = [worker.key for worker in mastership.found.workers]
         self.totals = Totals(self.instance, mastership.known.totals, living)
+        self.codes = {
+            number: code for number, code in mastership.known.codes.items() if number in self.snapshots
+        }
+        """What each generation runs, as soon as that has been read."""
+        self.changes: dict[int, Changes] = {}
+        """How that differs from what served before it."""
         self._known = mastership.known
         self._settings_now = settings.settings
         self._development: Development | None = None
@@ -245,6 +253,7 @@ class Master:
             self.operations.remembered(),
             self.operations.next_number,
             self.totals.written,
+            self.codes,
         )
         error = self._journal.write(values)
         if error and error != self._journal_error:
@@ -510,8 +519,34 @@ class Master:
         workers = self._workers_for(taken)
         self.snapshots[generation] = msgspec.structs.replace(taken, listeners=listeners, workers=workers)
         self._listening.opened()
+        self._start_task(self._read_code(generation, taken))
         self._note_restart_only(taken)
         self.put(model.Prepared(generation, workers, taken.limits))
+
+    async def _read_code(self, generation: int, taken: Snapshot) -> None:
+        """Which code that is: read while its workers start, so that nobody waits for it."""
+        before = self.state.current
+        try:
+            code = await asyncio.to_thread(read_code, taken.app_dir, taken.python)
+        except (RuntimeError, MemoryError):  # the system refuses a thread
+            return
+        if generation not in self.snapshots:
+            return
+        self.codes[generation] = code
+        last, old = self.codes.get(before or 0), self.snapshots.get(before or 0)
+        if last is not None and old is not None:
+            keys = config.differing(old.settings, taken.settings)
+            self.changes[generation] = compare(last, code, keys)
+        for operation in self.operations.last("reload", 50):
+            self._tell_code(operation)
+        self._record()
+
+    def _tell_code(self, operation: Operation) -> None:
+        number = operation.generation
+        if number in self.codes and operation.generation_code is None:
+            operation.generation_code = self.codes[number].document()
+            changes = self.changes.get(number)
+            operation.changes = None if changes is None else msgspec.to_builtins(changes)
 
     def _workers_for(self, taken: Snapshot) -> int:
         """As the settings say; but a scale by hand lasts until the setting itself is changed."""
@@ -540,6 +575,7 @@ class Master:
         if operation is None:
             return
         operation.settle(effect)
+        self._tell_code(operation)
         self.totals.operation_ended(operation)
         level = "info" if effect.ok else "error"
         fields = {
@@ -594,7 +630,8 @@ class Master:
         self._close_unused()
 
     def _release(self, generation: int, failed: bool) -> None:
-        self.snapshots.pop(generation, None)
+        for by_generation in (self.snapshots, self.codes, self.changes):
+            by_generation.pop(generation, None)
         self._close_unused()
         self.log("info", "retired", generation=generation, failed=failed or None)
 

@@ -17,6 +17,7 @@ from segue.handoff.adoption import start_time
 from segue.handoff.listeners import Listener
 from segue.handoff.messages import ListenerInfo, ServiceRecord
 from segue.supervisor import settings as config
+from segue.supervisor.code import Code
 from segue.supervisor.model import State, WorkerState
 from segue.supervisor.snapshot import Snapshot
 from segue.supervisor.totals import Written
@@ -106,8 +107,11 @@ class Memory(msgspec.Struct):
     generations: dict[int, Generation] = {}
     operations: dict[int, dict[str, Any]] = {}
     totals: Written | None = None
+    codes: dict[int, Code] = {}
+    """By generation."""
 
 
+_CODE = "code/"
 _GENERATION = "generation/"
 _OPERATION = "operation/"
 
@@ -132,6 +136,8 @@ def recall(values: dict[str, bytes]) -> Memory:
             memory.generations[int(number)] = generation
         elif f"{kind}/" == _OPERATION and (operation := _decode(data, dict[str, Any])) is not None:
             memory.operations[int(number)] = operation
+        elif f"{kind}/" == _CODE and (code := _decode(data, Code)) is not None:
+            memory.codes[int(number)] = code
     return memory
 
 
@@ -158,6 +164,7 @@ class Writer:
         operations: dict[int, dict[str, Any]],
         next_operation: int,
         totals: Written,
+        codes: Mapping[int, Code],
     ) -> dict[str, Any]:
         """What is to be in the journal. `processes` are pid and start time, by generation and worker."""
         self._sources = {number: known for number, known in self._sources.items() if number in snapshots}
@@ -187,6 +194,8 @@ class Writer:
                 },
                 sources=self._sources_of(number, snapshots.get(number)),
             )
+        for number, code in codes.items():
+            values[f"{_CODE}{number}"] = msgspec.structs.replace(code, files={})
         return values | {f"{_OPERATION}{number}": document for number, document in operations.items()}
 
     def _promote_of(self, state: State) -> Promote | None:

@@ -41,6 +41,10 @@ class Operation:
         """HTTP status of a refusal."""
         self.details: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
+        self.generation_code: dict[str, Any] | None = None
+        """Of a reload: which code its generation runs."""
+        self.changes: dict[str, Any] | None = None
+        """And how that differs from what served before."""
         self.drained = False
         self.notes: list[str] = []
         self._phase_began = time.monotonic()
@@ -118,6 +122,7 @@ class Operation:
         operation.reason, operation.output = document["reason"], document["output"]
         operation.generation, operation.drained = document["generation"], document["drained"]
         operation.notes = document["notes"]
+        operation.generation_code, operation.changes = document.get("code"), document.get("changes")
         return operation
 
     def document(self) -> dict[str, Any]:
@@ -138,6 +143,7 @@ class Operation:
             "phases": self.phases,
             "notes": self.notes,
             **({"service": self.service} if self.service else {}),
+            **({"code": self.generation_code, "changes": self.changes} if self.generation_code else {}),
             **(self.result or {}),
         }
 

@@ -103,6 +103,8 @@ def _generation(
         "current": number == master.state.current,
         "since": _wall(generation.since),
         "fingerprint": taken.fingerprint if taken else None,
+        "code": code.document() if (code := master.codes.get(number)) else None,
+        "changes": master.changes.get(number),
         "app_dir": taken.app_dir if taken else None,
         "workers_wanted": generation.target,
         "workers_missing": generation.missing,

@@ -26,6 +26,7 @@ def status_table(document: dict[str, Any]) -> str:
         f"instance {document['instance']}: {head}",
         f"master   pid {master['pid']}, segue {master['version']}, up {_age(master['started'])}, {_mib(master['rss_bytes'])}",
         "listens  " + (", ".join(listener["address"] for listener in document["listeners"]) or "nowhere yet"),
+        *(_code(generation) for generation in document["generations"] if generation["code"]),
         *(f"note     {difference}" for difference in master["differs_on_disk"]),
         "",
     ]
@@ -47,6 +48,14 @@ def status_table(document: dict[str, Any]) -> str:
             *_columns(["RELOAD", "ASKED BY", "OUTCOME", "SECONDS", "REASON"], _reload_rows(document)),
         ]
     return "\n".join(lines)
+
+
+def _code(generation: dict[str, Any]) -> str:
+    """Which code a generation runs."""
+    code = generation["code"]
+    python = f", Python {code['python']}" if code["python"] else ""
+    line = f"code     {generation['id']}: {code['title']}{python}, {len(code['distributions'])} distributions"
+    return f"{line}; changed: {generation['changes']['summary']}" if generation["changes"] else line
 
 
 def orphan_table(workers: Iterable[dict[str, Any]]) -> str:
