@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scenario import Segue, supervised
@@ -139,7 +140,7 @@ def test_what_differs_is_told_in_words_and_as_data() -> None:
     assert compare(old, old, []).summary == "nothing"
 
 
-def told(master: Segue) -> dict[str, object]:
+def told(master: Segue) -> Any:
     """The current generation's, once it has been read."""
     status = master.wait_status(lambda status: next(g for g in status["generations"] if g["current"])["code"])
     return next(g for g in status["generations"] if g["current"])
