@@ -30,7 +30,7 @@ test: $(BIN)/segue $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh wrk
+	@sh tests/setup.sh wrk mosquitto
 	$(BIN)/python -m bench $(ARGS)
 
 lint: $(BIN)/segue $(VENV)/.dev

@@ -29,6 +29,7 @@ NAMES = {
     "dev": "development mode: from a save to the new code",
     "throughput": "requests/s beside uvicorn (needs wrk)",
     "services": "leases, and swaps under streams",
+    "hsp": "swaps of the agent protocol's connector under load (needs mosquitto)",
     "idle": "10,000 idle connections over a reload",
     "reloads": "ten reloads under load, as root and unprivileged, with 1 and 2 workers, and uvicorn's",
 }
