@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -198,3 +200,34 @@ async def heard(broker: Broker, topic: str, do: Callable[[], Awaitable[Any]]) ->
         await client.subscribe(topic, 1)
         await do()
         return json.loads(bytes((await anext(aiter(client.messages))).payload))
+
+
+def dynamic_security(path: Path) -> list[str]:
+    """Settings of a broker that refuses to subscribe `ann` to anything below ``secret``."""
+    salt = b"twelve bytes"
+    hashed = hashlib.pbkdf2_hmac("sha512", b"right", salt, 101)
+    rights = [("publishClientSend", "#", True), ("publishClientReceive", "#", True)]
+    rights += [("subscribePattern", "#", True), ("unsubscribePattern", "#", True)]
+    acls = [{"acltype": kind, "topic": topic, "allow": allow} for kind, topic, allow in rights]
+    denied = {"acltype": "subscribePattern", "topic": "secret/#", "allow": False, "priority": 10}
+    document = {
+        "clients": [
+            {
+                "username": "ann",
+                "password": base64.b64encode(hashed).decode(),
+                "salt": base64.b64encode(salt).decode(),
+                "iterations": 101,
+                "roles": [{"rolename": "agent"}],
+            }
+        ],
+        "roles": [{"rolename": "agent", "acls": [denied, *acls]}],
+        "defaultACLAccess": {
+            "publishClientSend": False,
+            "publishClientReceive": False,
+            "subscribe": False,
+            "unsubscribe": True,
+        },
+    }
+    path.write_text(json.dumps(document))
+    plugin = next(Path("/usr/lib").rglob("mosquitto_dynamic_security.so"))
+    return [f"plugin {plugin}", f"plugin_opt_config_file {path}", "allow_anonymous false"]

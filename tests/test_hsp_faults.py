@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
-import json
 import random
 import socket
 import subprocess
@@ -16,7 +13,19 @@ from typing import Any
 
 import pytest
 import trustme
-from hsp_harness import NOTHING, Agent, Tally, agent, broker, fact, publish, publisher, settings, until
+from hsp_harness import (
+    NOTHING,
+    Agent,
+    Tally,
+    agent,
+    broker,
+    dynamic_security,
+    fact,
+    publish,
+    publisher,
+    settings,
+    until,
+)
 from paho.mqtt import MQTTException
 from paho.mqtt.publish import single
 
@@ -141,37 +150,6 @@ async def test_a_certificate_that_is_not_trusted_is_refused_and_a_trusted_one_se
                 await alpha.swap()
             await tally.reach(sum(published.sent))
             assert tally.verdict(published.sent) == NOTHING
-
-
-def dynamic_security(path: Path) -> list[str]:
-    """Settings of a broker that refuses to subscribe `ann` to anything below ``secret``."""
-    salt = b"twelve bytes"
-    hashed = hashlib.pbkdf2_hmac("sha512", b"right", salt, 101)
-    rights = [("publishClientSend", "#", True), ("publishClientReceive", "#", True)]
-    rights += [("subscribePattern", "#", True), ("unsubscribePattern", "#", True)]
-    acls = [{"acltype": kind, "topic": topic, "allow": allow} for kind, topic, allow in rights]
-    denied = {"acltype": "subscribePattern", "topic": "secret/#", "allow": False, "priority": 10}
-    document = {
-        "clients": [
-            {
-                "username": "ann",
-                "password": base64.b64encode(hashed).decode(),
-                "salt": base64.b64encode(salt).decode(),
-                "iterations": 101,
-                "roles": [{"rolename": "agent"}],
-            }
-        ],
-        "roles": [{"rolename": "agent", "acls": [denied, *acls]}],
-        "defaultACLAccess": {
-            "publishClientSend": False,
-            "publishClientReceive": False,
-            "subscribe": False,
-            "unsubscribe": True,
-        },
-    }
-    path.write_text(json.dumps(document))
-    plugin = next(Path("/usr/lib").rglob("mosquitto_dynamic_security.so"))
-    return [f"plugin {plugin}", f"plugin_opt_config_file {path}", "allow_anonymous false"]
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])

@@ -112,7 +112,12 @@ def _run(
     logs.begin(spec.log_format, spec.generation, spec.worker, fds[FdName.STDOUT], fds[FdName.STDERR])
     # where the built-in application keeps what must last: one place for each instance
     os.environ["SEGUE_INSTANCE_NAME"] = spec.instance
-    host = Host(Place(spec.settings_file, spec.env_file), spec.services, master_socket=spec.master_socket)
+    host = Host(
+        Place(spec.settings_file, spec.env_file),
+        spec.services,
+        master_socket=spec.master_socket,
+        generation=spec.generation,
+    )
     enter(host)
     services = Hosted(host)
     config = _configure(spec.app or _BUILTIN, options)

@@ -24,6 +24,7 @@ class Host:
     on_start: Callable[[Running, Swaps], None] | None = None
     """Called when a registry begins to start; None: nobody activates it later, so it does so itself."""
     master_socket: str | None = None
+    generation: int | None = None
 
 
 _hosts: list[Host] = []

@@ -73,7 +73,7 @@ def build(
         username=settings.username or None,
         password=settings.password.reveal() or None,
         protocol=version,
-        clean_session=None if settings.v5 else fresh or not durable,
+        clean_session=None if settings.v5 else not durable,
         # with MQTT 3.1.1 it must be this, and means nothing
         clean_start=fresh or not durable if settings.v5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
         properties=properties,

@@ -20,6 +20,7 @@ import msgspec
 from segue.worker.backend.hsp import envelope as envelopes
 from segue.worker.backend.hsp import payloads
 from segue.worker.backend.hsp.continuity import Continuity, Handler, TaskHandler
+from segue.worker.backend.hsp.elsewhere import connected_elsewhere
 from segue.worker.backend.hsp.envelope import Envelope, QoSParameters
 from segue.worker.backend.hsp.errors import HSPError, InvalidMessageError, LinkError
 from segue.worker.backend.hsp.fallback import Fallback
@@ -100,8 +101,9 @@ class HSPConnector:
     async def start(self) -> None:
         """Connect; without a broker, work in the process until it is there.
 
-        Beside a connector that is connected, and in use, it has to do as well as that: raises `LinkError` if the broker
-        can't be reached, refuses, grants what it doesn't serve, or if the two can't be lined up.
+        Beside a connector that is connected, in this process or in the generation that serves, it has to do as well as
+        that: raises `LinkError` if the broker can't be reached or refuses, and in this process also if it grants what it
+        doesn't serve, or if the two can't be lined up.
         """
         self._spawn(self._outbox.retry())
         previous = self._previous
@@ -124,8 +126,10 @@ class HSPConnector:
         )
         try:
             await mailbox.open()
+            if self._previous is None:
+                await self._holder.try_out()
         except LinkError as error:
-            if must:
+            if must or (self._previous is None and await connected_elsewhere()):
                 raise
             _log.warning("event=hsp-fallback reason=%s", error)
         mailbox.keep()

@@ -18,7 +18,7 @@ from segue.worker.backend.hsp.client import Will
 from segue.worker.backend.hsp.continuity import Continuity
 from segue.worker.backend.hsp.errors import LinkError
 from segue.worker.backend.hsp.inbox import Inbox
-from segue.worker.backend.hsp.link import Link
+from segue.worker.backend.hsp.link import Link, Message
 from segue.worker.backend.hsp.mailbox import Mailbox
 from segue.worker.backend.hsp.scout import rights, send_probes
 from segue.worker.backend.hsp.settings import HSPSettings
@@ -80,6 +80,15 @@ class Holder:
         return self.trouble or "it is not subscribed"
 
     # ------------------------------------------------------------------------------------------------- taking it up
+
+    async def try_out(self) -> None:
+        """See whether the broker permits what is to be subscribed to, without disturbing who holds it. Raises `LinkError`."""
+        link = Link(self.settings, f"{self.settings.client_id_prefix}-trial-{self.topics.instance}", _ignore)
+        try:
+            await link.open()
+            await link.subscribe(self.topics.stream, self.settings.qos)
+        finally:
+            await link.close()
 
     async def prepare_beside(self, old: Holder) -> None:
         """Make a subscription that can take the place of `old`'s, if it has one. Raises `LinkError`."""
@@ -317,6 +326,10 @@ class Holder:
             await asyncio.wait({self.tidying})
         if self._announcing is not None:
             await ended(self._announcing)
+
+
+async def _ignore(_: Message) -> None:
+    pass
 
 
 async def ended(task: asyncio.Task[Any]) -> None:

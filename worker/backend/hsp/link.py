@@ -91,12 +91,11 @@ class Link:
     # ------------------------------------------------------------------------------------------------- connecting
 
     async def open(self, *, fresh: bool = True) -> bool:
-        """Connect; whether the broker had kept the session. `fresh`: without what it may have kept.
+        """Connect; whether the broker had kept the session. `fresh`: without what it may have kept (MQTT 5; with 3.1.1
+        a durable one can't be asked for that).
 
         Raises `LinkError`.
         """
-        if fresh and self._durable and not self._settings.v5:
-            await self.forget(self._settings, self.client_id)
         try:
             client = self._build(fresh)
         except (OSError, ValueError) as error:

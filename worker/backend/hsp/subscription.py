@@ -99,9 +99,13 @@ class Subscription:
         self._unfinished: set[asyncio.Future[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._link = Link(settings, session, self._receive, durable=True, will=will)
+        self._will = will
+        self._link = self._new_link()
         self.resumed = False
         """Whether the broker had kept the session."""
+
+    def _new_link(self) -> Link:
+        return Link(self._settings, self.session, self._receive, durable=True, will=self._will)
 
     @property
     def alive(self) -> bool:
@@ -125,6 +129,8 @@ class Subscription:
         """
         try:
             self.resumed = await self._link.open(fresh=fresh)
+            if fresh and self.resumed:
+                await self._begin_anew()
             wanted = self.filters
             gone = [each for each in known if each not in wanted] if self.resumed else []
             if gone:
@@ -136,6 +142,13 @@ class Subscription:
             self.mode = Mode.STOP
             await self._link.close(keep=not fresh)
             raise
+
+    async def _begin_anew(self) -> None:
+        """With MQTT 3.1.1 what a crash has left of a session is forgotten by connecting twice."""
+        mode, self.mode = self.mode, Mode.STOP
+        await self._link.close()
+        self._link, self.mode = self._new_link(), mode
+        self.resumed = await self._link.open(fresh=True)
 
     @property
     def filters(self) -> list[str]:
