@@ -1,9 +1,10 @@
 # Everything here sets up what it needs: a virtual environment in .venv, and for tests what they run beside Python.
 PYTHON ?= python3
 VENV := .venv
+COMPARE := .compare
 BIN := $(VENV)/bin
 
-.PHONY: run test bench lint format clean
+.PHONY: run test bench compare lint format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || sh tests/setup.sh python3-venv
@@ -33,6 +34,17 @@ bench: $(BIN)/segue $(VENV)/.dev
 	@sh tests/setup.sh wrk mosquitto
 	$(BIN)/python -m bench $(ARGS)
 
+# Other servers, in an environment of their own, beside segue: writes docs/comparison.md and its figures.
+compare: $(BIN)/segue $(VENV)/.dev $(COMPARE)/.done
+	@sh tests/setup.sh wrk
+	$(BIN)/python -m bench.compare $(ARGS)
+
+$(COMPARE)/.done: bench/compare/requirements.txt | $(BIN)/python
+	$(PYTHON) -m venv $(COMPARE)
+	$(COMPARE)/bin/python -m pip install --quiet --upgrade pip
+	$(COMPARE)/bin/python -m pip install --quiet --requirement bench/compare/requirements.txt
+	@touch $@
+
 lint: $(BIN)/segue $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +56,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(COMPARE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -107,7 +107,7 @@ def _write(
         "begun": begun,
         "seconds": round(time.time() - begun, 1),
         "quick": args.quick,
-        "machine": _machine(),
+        "machine": machine(),
         "busy_before_each_run": busy,
         "figures": {
             name: {line.figure.key: line.document() for line in lines} for name, lines in tables.items()
@@ -121,7 +121,7 @@ def _write(
     return path
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Where it was measured."""
     versions = {
         name: importlib.metadata.version(name) for name in ("segue", "uvicorn", "uvloop", "httptools")

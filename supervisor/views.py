@@ -120,8 +120,12 @@ def logs(
             f"there is no journal to follow: workers print to the output of 'segue serve' (pid {owner.pid})",
             Status.REFUSED,
         )
-    if printed and not follow:
-        echo(outputs.show(printed))
+    if unit is not None:  # what is ready has its start in the journal, too
+        kept = [each for each in printed if each["state"] in {"booting", "failed"}]
+    else:
+        kept = printed
+    if kept and not follow:
+        echo(outputs.show(kept))
     if unit is not None:
         pids = [] if chosen is None else [each["pid"] for each in printed if each["state"] != "failed"]
         if chosen is None or pids:

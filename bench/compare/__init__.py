@@ -1,0 +1,1 @@
+"""The comparison with other servers, which anyone can repeat: ``make compare``."""
