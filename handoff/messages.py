@@ -197,6 +197,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Count responses by status class, and how long they took."""
     in_haste: bool = False
     """Somebody waits for it, and what serves meanwhile has little to do: it starts at full priority."""
+    refresh: bool = False
+    """Open pages reload themselves when another generation serves (`segue.worker.refresh`)."""
 
 
 class Counts(msgspec.Struct, frozen=True):

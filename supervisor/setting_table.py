@@ -332,6 +332,13 @@ TABLE: tuple[Setting, ...] = (
         minimum=0,
         restart=True,
     ),
+    _switch(
+        "reload-pages",
+        _DEV,
+        "With --reload, pages that are open in a browser reload themselves, too: a script is added to them.",
+        default=True,
+        form=Form.PAIR,
+    ),
     _list(
         "warm-up",
         _HEALTH,

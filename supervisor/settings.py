@@ -106,6 +106,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reload_include: tuple[str, ...] = ()
     reload_exclude: tuple[str, ...] = ()
     reload_delay: float = 0.25
+    reload_pages: bool = True
 
     def __repr__(self) -> str:
         """Without secrets."""
@@ -189,6 +190,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         reload_include=values["reload-include"],
         reload_exclude=values["reload-exclude"],
         reload_delay=values["reload-delay"],
+        reload_pages=values["reload-pages"],
     )
     inputs = {key for keys in ADDRESS_FORMS.values() for key in keys}
     sources = {setting.key: given.source(setting.key) for setting in TABLE if setting.key not in inputs}

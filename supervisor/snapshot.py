@@ -97,6 +97,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             in_haste=settings.reload,
             log_format=lines.chosen(settings.log_format, STDERR),
             access_log_format=_access_log_format(settings),
+            refresh=settings.reload and settings.reload_pages,
         )
 
 

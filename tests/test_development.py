@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import browser
 from scenario import DEADLINE_S, Client, Load, Segue, environment, segue, supervised
 
 from segue.supervisor.watcher import Filter, Order, directories_of, forget_compiled
@@ -380,3 +381,63 @@ def watchers(master: Segue) -> list[int]:
 
 def zombies(pid: int) -> list[int]:
     return [child for child, state, _ in children(pid) if state == "Z"]
+
+
+# -------------------------------------------------------------------------------------------------------- open pages
+
+PAGES = """
+VERSION = "{version}"
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    kind, extra = b"text/html; charset=utf-8", []
+    body = b"<!doctype html><title>shop</title><p id=version>" + VERSION.encode() + b"</p>"
+    if scope["path"] == "/plain":
+        kind = b"text/plain"
+    if scope["path"] == "/compressed":
+        extra = [(b"content-encoding", b"gzip")]
+    if scope["path"] == "/chunked":
+        await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}})
+        for part in (body[:20], body[20:]):
+            await send({{"type": "http.response.body", "body": part, "more_body": True}})
+        await send({{"type": "http.response.body", "body": b""}})
+        return
+    length = (b"content-length", str(len(body)).encode())
+    await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind), length, *extra]}})
+    await send({{"type": "http.response.body", "body": body}})
+"""
+
+
+def test_only_pages_get_a_line_more_and_only_in_development_mode(application) -> None:
+    directory = application(code=PAGES.format(version="1"))
+    with supervised("shop:app", *DEVELOP, cwd=directory) as master, Client(master.port) as client:
+        for path in ("/", "/chunked"):
+            _, headers, body = client.get(path)
+            assert body.endswith(b'<script src="/.segue/refresh.js" data-generation="1" defer></script>\n')
+            assert headers.get("content-length", str(len(body))) == str(len(body))
+        for path in ("/plain", "/compressed"):
+            assert b"segue" not in client.get(path)[2]
+        _, headers, body = client.get("/", method="HEAD")
+        assert body == b""
+        assert b"EventSource" in client.get("/.segue/refresh.js")[2]
+        master.stop()
+    for options in ((), (*DEVELOP, "--no-reload-pages")):
+        with supervised("shop:app", *options, cwd=directory) as master, Client(master.port) as client:
+            assert b"segue" not in client.get("/")[2]
+            assert b"EventSource" not in client.get("/.segue/refresh.js")[2]
+            master.stop()
+
+
+def test_an_open_page_shows_what_was_saved(application) -> None:
+    directory = application(code=PAGES.format(version="1"))
+    with supervised("shop:app", *DEVELOP, cwd=directory) as master, browser() as page:
+        watched(master)
+        page.open(f"http://127.0.0.1:{master.port}/")
+        assert page.run("document.getElementById('version').textContent") == "1"
+        for version in ("2", "3"):
+            application(code=PAGES.format(version=version))
+            page.wait(f"document.getElementById('version')?.textContent === '{version}'")
+        master.wait_status(lambda s: len(s["generations"]) == 1)  # no page that is open holds the old one up
+        assert not page.errors
+        master.stop()

@@ -105,6 +105,10 @@ class Worker:
             spec.master_socket,
             self._unhealthy,
         )
+        if spec.refresh:
+            from segue.worker.refresh import wrap
+
+            config.loaded_app = wrap(config.loaded_app, config.root_path, spec.generation)
         self._sockets = {
             name: socket.socket(fileno=fds[name]) for name in (FdName.RELAY_READ, FdName.RELAY_WRITE)
         }
