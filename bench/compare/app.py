@@ -33,9 +33,10 @@ def make(version: int, *, start_s: float, fails: bool = False, hangs: bool = Fal
             await receive()
             if hangs:
                 await asyncio.sleep(3600)
-            if fails:
-                raise RuntimeError("the new version can't start")
-            raise ConnectionError("the broker is down")
+            # as frameworks do: what is only raised here is taken for an application without lifespan
+            why = "the new version can't start" if fails else "the broker is down"
+            await send({"type": "lifespan.startup.failed", "message": why})
+            raise RuntimeError(why)
         else:
             await measured.app(scope, receive, send)
 

@@ -170,10 +170,13 @@ def _broken(runs: Runs) -> str:
     if not all(run["serves"] for run in runs):
         return f"**outage**: nobody answers, {max(run['failed'] for run in runs):,} failed"
     text = f"old code serves, {max(run['failed'] for run in runs):,} failed"
-    mended = [run["mended_s"] for run in runs if run.get("mended_s") is not None]
-    if len(mended) == len(runs):
-        text += f"; mended in {max(mended):.1f} s"
-    return text
+    tried = [run["mended_s"] for run in runs if run["mend_tried"]]
+    mended = [delay for delay in tried if delay is not None]
+    if len(mended) < len(tried):
+        gone = [run["ended_when_mended"] for run in runs if run["ended_when_mended"] is not None]
+        after = f"**it then ends with status {gone[0]}**" if gone else "not served within 30 s"
+        return f"{text}; the next, good deploy: {after}"
+    return text + (f"; mended in {max(mended):.1f} s" if mended else "")
 
 
 def _slow(runs: Runs) -> str:
@@ -195,7 +198,7 @@ def _killed(runs: Runs) -> str:
     again = [run["again_s"] for run in runs]
     if any(delay is None for delay in again):
         return text + ", not replaced"
-    return text + f", replaced after {statistics.median(again):.1f} s"
+    return text
 
 
 def _killed_broken(runs: Runs) -> str:

@@ -162,12 +162,16 @@ def broken(bench: Bench, contestant: Contestant, mend: bool = True, **how: Any) 
         time.sleep(watch_s)
         answers = version_of(server.port)
         ended, result = server.ended, clients.end()
-        mended = _reload(server) if mend and ended is None else None
+        tried = mend and ended is None
+        mended = _reload(server) if tried else None
+        later = server.ended if ended is None else None
     return {
         **felt(result),
         "serves": answers == 1,
         "ended": ended,
+        "mend_tried": tried,
         "mended_s": mended,
+        "ended_when_mended": later,
     }
 
 
