@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.figures import Figure, Measured
 from bench.processes import children, cpu_s, rss_mib
 from bench.reloads import LOAD
-from bench.servers import START_TIMEOUT_S, Bench, Server, load, segue, uvicorn, wait_for
+from bench.servers import START_TIMEOUT_S, Bench, Segue, Server, load, segue, uvicorn, wait_for
 
 FIGURES = [
     Figure(
@@ -39,7 +39,7 @@ def measure(bench: Bench) -> Measured:
     rounds = 3 if bench.quick else 10
     with segue(bench, options=("--reload",)) as running:
         running.first_answer()
-        wait_for(lambda: "segue: watching" in running.log.read_text(), START_TIMEOUT_S, 0.01, running.tail)
+        wait_for(lambda: _watches(running), START_TIMEOUT_S, 0.01, running.tail)
         watcher = next(pid for pid in children(running.pid) if _is_watcher(pid))
         source.saved_to_answer(running)  # fills the caches of the disk for both
         for number in range(rounds):
@@ -108,6 +108,10 @@ class Source:
     def restore(self) -> None:
         """As it was."""
         self._path.write_text(self._text)
+
+
+def _watches(server: Segue) -> bool:
+    return any(event["event"] == "watching" for event in server.ask("GET", "/events")["events"])
 
 
 def _version(port: int) -> bytes | None:

@@ -49,6 +49,7 @@ def failures(results: dict[str, Any]) -> Any:
         )
         axes.bar_label(bars, labels=[f"{value:,}" for value in values], padding=2, fontsize=7)
     axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlim(left=0)
     axes.margins(x=0.12)
     axes.set_yticks(range(len(shown)), [results["scenarios"][key] for key in shown])
@@ -70,7 +71,8 @@ def latencies(results: dict[str, Any]) -> Any:
         if number >= len(contestants):
             axes.set_visible(False)
             continue
-        points = _found(results, "reload-2", contestants[number]["key"])[0]["around"]
+        runs = _found(results, "reload-2", contestants[number]["key"])
+        points = _laid_over([run["around"] for run in runs])
         times = [point[0] for point in points]
         axes.step(
             times,
@@ -81,15 +83,27 @@ def latencies(results: dict[str, Any]) -> Any:
         failed = [(point[0] + _TENTH / 2, point[3]) for point in points if point[3]]
         axes.plot([t for t, _ in failed], [0.7] * len(failed), "x", color="#b00020", markersize=5)
         total = sum(count for _, count in failed)
-        axes.set_title(f"{contestants[number]['name']}: {total} failed", loc="left", fontsize=9)
+        reloads = sum(run["reloads"] for run in runs)
+        title = f"{contestants[number]['name']}: {total:,} failed in {reloads} reloads"
+        axes.set_title(title, loc="left", fontsize=9)
         axes.axvline(0, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.set_xlim(-1, _AFTER_S)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
     figure.supxlabel("seconds after the signal (crosses: failed requests)")
     figure.supylabel("longest latency in 0.1 s, ms")
     return figure
+
+
+def _laid_over(runs: list[list[Any]]) -> list[list[float]]:
+    """The worst of each tenth of a second."""
+    found: dict[float, list[float]] = {}
+    for time_s, latency_ms, answers, failures in (point for run in runs for point in run):
+        known = found.get(time_s, [0.0, 0, 0])
+        found[time_s] = [max(known[0], latency_ms), known[1] + answers, known[2] + failures]
+    return [[time_s, *values] for time_s, values in sorted(found.items())]
 
 
 def _found(results: dict[str, Any], scenario: str, contestant: str) -> list[dict[str, Any]]:

@@ -139,15 +139,17 @@ def felt(result: dict[str, Any]) -> Found:
 def around(
     result: dict[str, Any], moments: list[float], before_s: float = 1.0, after_s: float = 4.0
 ) -> list[Any]:
-    """The longest latency and the failures of each tenth of a second around the first signal."""
-    if not moments:
-        return []
-    at = moments[0] - result["t0"]
-    return [
-        [round(second - at, 2), latency_ms, answers, failures]
-        for second, latency_ms, answers, failures in result["timeline_100ms"]
-        if -before_s <= second - at <= after_s
-    ]
+    """The longest latency, the answers and the failures of each tenth of a second around the signals, laid over one another."""
+    found: dict[int, list[float]] = {}
+    for moment in moments:
+        at = moment - result["t0"]
+        for second, latency_ms, answers, failures in result["timeline_100ms"]:
+            if -before_s <= second - at <= after_s:
+                tenth = found.setdefault(round((second - at) * 10), [0.0, 0, 0])
+                tenth[0] = max(tenth[0], latency_ms)
+                tenth[1] += answers
+                tenth[2] += failures
+    return [[tenth / 10, *values] for tenth, values in sorted(found.items())]
 
 
 # -------------------------------------------------------------------------------------------------------- broken code
