@@ -46,7 +46,7 @@ def test_the_page_can_be_written_again_and_says_where_segue_loses(tmp_path: Path
     def contestant(key: str) -> dict[str, str]:
         return {"key": key, "name": key, "of": key, "command": f"{key} app:app", "note": ""}
 
-    broken = {"failed": 0, "serves": True, "ended": None}
+    broken: dict[str, object] = {"failed": 0, "serves": True, "ended": None}
     broken |= {"mend_tried": True, "mended_s": 0.5, "ended_when_mended": None}
     results = {
         "begun": 0.0,
