@@ -27,7 +27,7 @@ run: $(BIN)/segue
 	@exec $(BIN)/segue serve $(ARGS)
 
 test: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh curl git util-linux mosquitto chromium
+	@sh tests/setup.sh curl git util-linux systemd dbus procps mosquitto chromium
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev

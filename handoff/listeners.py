@@ -70,6 +70,11 @@ def open_listeners(bind: str, backlog: int) -> list[Listener]:
 def adopt_listener(fd: int) -> Listener:
     """Take a listening socket that this process inherited (socket activation, sd_listen_fds(3)); `fd` is closed."""
     sock = _take(fd)
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.close()
+        raise OSError(
+            errno.EINVAL, "it is a connection, not a listening socket (a socket unit needs Accept=no)"
+        )
     os.close(fd)
     sock.setblocking(False)
     address = _address(sock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from segue import __version__
 from segue.handoff.messages import HOT
-from segue.supervisor import exits, views
+from segue.supervisor import exits, reaping, views
 from segue.supervisor.commanding import ask as _ask_get
 from segue.supervisor.commanding import fail as _fail
 from segue.supervisor.commanding import find as _find
@@ -67,6 +68,31 @@ def check(as_json: bool, **flags: Any) -> None:
     click.echo(f"refused: {verdict.reason}", err=True)
     _echo_output(verdict.output)
     sys.exit(Status.NOT_STARTED)
+
+
+@cli.command(cls=ServeCommand, epilog=exits.EPILOG)
+@click.option("--socket", "socket", is_flag=True, help="The socket unit: systemd holds the addresses.")
+@click.option("--template", is_flag=True, help="For several instances, each with a configuration of its own.")
+@click.option("--user", help="Who the service runs as. [default: who runs this, or 'segue' if that is root]")
+@click.option(
+    "--type",
+    "type_",
+    type=click.Choice(["notify-reload", "notify"]),
+    help="notify-reload needs systemd 253. [default: what the systemd of this machine has]",
+)
+@serve_options
+def unit(socket: bool, template: bool, user: str | None, type_: str | None, **flags: Any) -> None:
+    """Print a unit file for systemd that serves APP with these options, from here."""
+    from segue.supervisor import unit as units
+    from segue.supervisor.settings import SettingsError
+
+    try:
+        place, notes = units.place(flags, os.environ, user, template, type_)
+        click.echo(units.socket(place) if socket else units.service(place), nl=False)
+    except (SettingsError, units.UnitError) as error:
+        _fail(str(error), Status.USAGE)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 @cli.command(epilog=exits.EPILOG)
@@ -248,8 +274,26 @@ def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None
 @click.option("--now", is_flag=True, help="At once: what is in flight is cut off.")
 @click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
-def stop(name: str | None, runtime_dir: str | None, now: bool, timeout: float | None, as_json: bool) -> None:
+@click.option(
+    "--unit",
+    metavar="UNIT",
+    help="Be ExecStop= and ExecStopPost= of this systemd unit (%n): a stop leaves no process, in a restart "
+    "and after a crash the workers serve on.",
+)
+def stop(
+    name: str | None,
+    runtime_dir: str | None,
+    now: bool,
+    timeout: float | None,
+    as_json: bool,
+    unit: str | None,
+) -> None:
     """Stop the instance; also workers that have lost their master."""
+    if unit is not None:
+        from segue.supervisor import hooks
+        from segue.supervisor.instance import default_runtime_dir
+
+        sys.exit(hooks.run(unit, runtime_dir or default_runtime_dir(os.environ), os.environ))
     from segue.supervisor import client
     from segue.supervisor.instance import InstanceError
 
@@ -346,6 +390,9 @@ for _command in views.COMMANDS:
 
 def main() -> None:
     """The program's entry point."""
+    if reaping.is_first():
+        ends = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+        (reaping.hold_back if sys.argv[1:2] == ["serve"] else reaping.end_by)(ends)
     _open_missing_streams()
     cli(complete_var="_SEGUE_COMPLETE")
 

@@ -45,26 +45,40 @@ class Inherited:
         """Those that others have bound, and their names."""
         self.relay: Relay | None = None
         self.lifeline: Lifeline | None = None
+        self.kept: set[str] = set()
+        """Names of what is in use, of that which a service manager keeps for us."""
+        self.useless: set[str] = set()
+        """Names of what it keeps, and nobody wants."""
         self._own: dict[str, int] = {}
         bound: list[tuple[str, int, int]] = []
         for name, fd in fds:
             if name in _ONLY_ONCE:
                 if name in self._own:
                     os.close(fd)
+                    self.useless.add(name)  # which of the two is the right one can't be told
                 else:
                     self._own[name] = fd
             elif name.startswith(f"{_LISTENER}."):
                 _, number, bind = name.split(".", 2)
                 bound.append((urllib.parse.unquote(bind), int(number), fd))
             else:
-                self.passed.append((name, adopt_listener(fd)))
+                self.passed.append((name, _passed(name, fd)))
         for known, place, fd in sorted(bound):
             listener = known_listener(known, place, fd)
-            if listener is not None:
+            name = listener_name(known, place)
+            if listener is not None and name not in self.kept:
                 self.listeners.setdefault(known, []).append(listener)
+                self.kept.add(name)
+            else:
+                self.useless.add(name)
+                if listener is not None:
+                    listener.sock.close()
         if {FdName.RELAY_READ, FdName.RELAY_WRITE} <= self._own.keys():
             ends = [self._own.pop(name) for name in (FdName.RELAY_READ, FdName.RELAY_WRITE)]
             self.relay = Relay(*(socket.socket(fileno=fd) for fd in ends))
+            self.kept |= {FdName.RELAY_READ, FdName.RELAY_WRITE}
+        self.useless |= {FdName.RELAY_READ, FdName.RELAY_WRITE} & self._own.keys()
+        self.kept -= self.useless
         if {LIFELINE_READ, LIFELINE_WRITE} <= self._own.keys():
             self.lifeline = Lifeline(self._own.pop(LIFELINE_READ), self._own.pop(LIFELINE_WRITE))
 
@@ -78,3 +92,10 @@ class Inherited:
             with contextlib.suppress(OSError):
                 os.close(fd)
         self._own.clear()
+
+
+def _passed(name: str, fd: int) -> Listener:
+    try:
+        return adopt_listener(fd)
+    except OSError as error:
+        raise OSError(error.errno, f"{name or fd}: {error.strerror}") from error

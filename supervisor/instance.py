@@ -21,6 +21,8 @@ CONTROL = "control.sock"
 NOTIFY = "notify.sock"
 LOCK = "master.lock"
 JOURNAL = "journal"
+RESTART = "restart"
+"""A file that is there while the unit is being restarted: the end of one master, and what the next begins with."""
 _MAX_SOCKET_PATH = 107
 """Bytes in ``sun_path`` less the closing zero, unix(7)."""
 _LONGEST_NAME = len("g99999w9999.adopt")
@@ -201,6 +203,25 @@ class Instance:
         finally:
             os.close(fd)
         return None
+
+    def mark_restart(self) -> None:
+        """Let the master end without its workers, and the next one start the code on the disk. Raises OSError."""
+        os.close(
+            os.open(os.path.join(self.directory, RESTART), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        )
+
+    @property
+    def restart_is_marked(self) -> bool:
+        """Whether `mark_restart` was called, and no master has begun since."""
+        return os.path.exists(os.path.join(self.directory, RESTART))
+
+    def take_restart_mark(self) -> bool:
+        """Remove the mark; returns whether there was one."""
+        try:
+            os.unlink(os.path.join(self.directory, RESTART))
+        except OSError:
+            return False
+        return True
 
     def release(self) -> None:
         """Remove what a clean stop leaves behind. The lock file stays: removing it would split the lock."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from segue.handoff.listeners import BindError, Listener, open_listeners
 from segue.supervisor.inherited import Inherited, listener_name
 from segue.supervisor.settings import Effective
+from segue.supervisor.systemd import FIRST_FD
 
 
 class Listening:
@@ -62,7 +63,7 @@ class Listening:
         try:
             for bind in binds:
                 if bind not in self._open:
-                    inherited = [listener for listener in self._inherited if listener.info.address == bind]
+                    inherited = self._passed_for(bind)
                     # in a thread: a host name may have to be looked up
                     self._open[bind] = inherited or await asyncio.to_thread(
                         open_listeners, bind, settings.backlog
@@ -76,6 +77,13 @@ class Listening:
             self._asked_for = ()
             raise
         return tuple(found) + tuple(listener for listener in self._inherited if listener not in found)
+
+    def _passed_for(self, bind: str) -> list[Listener]:
+        """What was passed and is what `bind` asks for: by its address, or as ``fd:3`` and following in their order."""
+        if bind.startswith("fd:"):
+            place = int(bind.removeprefix("fd:")) - FIRST_FD
+            return self._inherited[place : place + 1] if place >= 0 else []
+        return [each for each in self._inherited if _covers(each.info.address, bind)]
 
     def opened(self) -> None:
         """The generation for which `open` was called is known now."""
@@ -103,7 +111,18 @@ class Listening:
         self._asked_for = ()
         self.close_all_but(())
         for listener in self._inherited:
-            listener.close()
+            listener.sock.close()  # its name in the file system is whose it was
+
+
+_EVERYWHERE = {"", "0.0.0.0", "[::]"}
+
+
+def _covers(address: str, bind: str) -> bool:
+    """Whether a socket that somebody else has bound at `address` is what `bind` asks for."""
+    if address == bind:
+        return True
+    (host, _, port), (wanted, _, number) = address.rpartition(":"), bind.rpartition(":")
+    return port == number and host in _EVERYWHERE and wanted in _EVERYWHERE
 
 
 def _inode(listener: Listener) -> int:

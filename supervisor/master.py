@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from segue.handoff.listeners import BindError, Listener
-from segue.supervisor import adoption, inherited, lifecycle, memory, model, snapshot, upgrade
+from segue.supervisor import (
+    adoption,
+    inherited,
+    leftovers,
+    lifecycle,
+    memory,
+    model,
+    reaping,
+    snapshot,
+    upgrade,
+)
 from segue.supervisor import settings as config
 from segue.supervisor.code import Changes, compare
 from segue.supervisor.code import read as read_code
@@ -44,6 +54,8 @@ LATE_S = 1.0
 """A timer that fires later than this says that the master itself did not run."""
 START = "start"
 """Who asked for the first generation."""
+RESTART = "restart"
+"""Who asked for the generation that follows on those that a restart of the unit has left."""
 EXECUTE = "execute"
 """The last phase of an upgrade: the old master ends in it, the new one begins."""
 FLUSH_S = 1.0
@@ -52,7 +64,8 @@ _UPGRADE_FLUSH_S = 0.05
 """So long an upgrade waits for them; whoever follows an operation comes back."""
 _TURNS_OF_A_SIGNAL = 4
 """Of the loop, from a signal to the call of its handler."""
-_EXTEND_S = 30.0
+_STOP_SLACK_S = 30.0
+"""What the end of a stop may take beyond the budget of its workers."""
 _SIGNALS = {
     signal.SIGHUP,
     signal.SIGTERM,
@@ -60,8 +73,10 @@ _SIGNALS = {
     signal.SIGQUIT,
     signal.SIGTTIN,
     signal.SIGTTOU,
+    signal.SIGUSR1,
     signal.SIGUSR2,
 }
+_QUIETING = frozenset({model.WorkerState.QUIETING})
 _THREADS = 2
 """For reading files and looking up names: one may hang on a dead file system."""
 
@@ -69,6 +84,11 @@ _THREADS = 2
 def _leave_signals() -> None:
     """In a thread: signals are for the thread with the loop, which blocks them before an upgrade."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _name(operation: Operation) -> str:
+    """What people call it."""
+    return operation.asked_by if operation.asked_by in {START, RESTART} else operation.kind
 
 
 class Master:
@@ -95,6 +115,7 @@ class Master:
         self.changed = asyncio.Event()
         self._flags, self._environ, self._base_dir = dict(flags), environ, base_dir
         self._service = ServiceManager(environ)
+        self._inherited = mastership.inherited
         self._listening = Listening(mastership.inherited)
         self._events: deque[model.Event] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -106,7 +127,12 @@ class Master:
         """What others have opened for this master, and an upgrade passes on, by name."""
         self.disk: list[str] = []
         """In what the settings and the code on disk differ from those of a generation that was adopted."""
-        self._stored: set[str] = set()
+        self._ready_due = False
+        """A reload has ended, and the service manager waits to be told."""
+        self._restarting = False
+        """What was adopted is to be followed by the code on the disk before this start is done."""
+        self._left = False
+        """It ends so that another one takes over: what there is stays."""
         self._journal = Journal(self.instance.journal)
         self._journal_error = ""
         self._writer = memory.Writer(memory.Instance(mastership.identity, mastership.epoch))
@@ -156,14 +182,21 @@ class Master:
             signal.SIGTTIN: lambda: self.put(model.ScaleAsked(None, delta=1)),
             signal.SIGTTOU: lambda: self.put(model.ScaleAsked(None, delta=-1)),
             signal.SIGUSR2: self._on_usr2,
+            signal.SIGUSR1: self._on_usr1,
         }.items():
             loop.add_signal_handler(number, handler)
+        if reaping.is_first():
+            loop.add_signal_handler(signal.SIGCHLD, reaping.reap)
+            reaping.reap()  # those that ended before
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked by an upgrade
-        self._start_task(self._service.watchdog())
+        self._service.knows(self._inherited.kept, self._inherited.useless)
         if self._development is not None:
             self._development.start()
         self._begin()
+        if self._service.watchdog_s is not None:
+            self._wake(self._service.watchdog_s)
         while self.exit_status is None:
+            self._service.alive()  # here, not in a task: it is this loop that has to turn
             while self._events and self.exit_status is None:
                 self._step(self._events.popleft())
             self.changed.clear()
@@ -177,8 +210,15 @@ class Master:
         self.events.close()
         if not self._deposed:  # else all of it is somebody else's by now
             await self._flush(FLUSH_S)
+            # the outcome is settled: a signal that comes while the interpreter ends must not change the exit status
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        if not self._deposed and not self._left:
             self._close()
         return self.exit_status
+
+    def _wake(self, interval_s: float) -> None:
+        self.changed.set()
+        asyncio.get_running_loop().call_later(interval_s / 2, self._wake, interval_s)
 
     def _begin(self) -> None:
         """Carry on with what was found, or start the first generation."""
@@ -194,6 +234,8 @@ class Master:
         for effect in adopted.effects:
             self._execute(effect)
         current = self.state.current
+        if current is None:
+            self.instance.take_restart_mark()  # what is started is the code on the disk
         if self.workers.children:
             fields = {"workers": len(self.workers.children), "generation": current, "epoch": self.epoch}
             self.log("warning", "adopted", **fields, promote=adopted.promote or None)
@@ -202,12 +244,40 @@ class Master:
             return
         self.token = self.snapshots[current].token
         self.log.set_level(self.snapshots[current].settings.uvicorn.get("log_level"))
-        self._said_ready = True
         self._close_unused()
         self._store()
-        self._service.ready(f"generation {current} serves; its workers were adopted")
+        if self.instance.restart_is_marked:
+            self._restarting = True
+            self.ask_reload(RESTART)
+        else:
+            self._ready(f"generation {current} serves; its workers were adopted")
         self._start_task(self._compare_with_disk(current))
         self.put(model.TimePassed())
+
+    def _ready(self, status: str) -> None:
+        """The service manager is told, and what of the unit isn't ours is ended, now that it isn't needed."""
+        if not self._said_ready and self._service.has_started_us:
+            self._start_task(self._end_strays())
+        self._said_ready = True
+        last = self.operations.last("reload", 1)
+        if last and last[0].ok is False:
+            status += f"; the last {_name(last[0])} was refused: {last[0].reason}"
+        self._service.ready(status)
+
+    async def _end_strays(self) -> None:
+        """Workers of this unit that no master knows: the unit had another name or directory before its restart."""
+        known = {child.process.pid for child in self.workers.children.values()}
+        for pid in await asyncio.to_thread(leftovers.end_strays, known):
+            self.log(
+                "warning", "stray-worker-ended", pid=pid, reason="it belongs to no instance of this unit"
+            )
+
+    def _leave(self, status: Status) -> None:
+        """End as if by a crash: what serves goes on serving, and the next master takes it over."""
+        self.log("warning", "left", workers=len(self.workers.children), action="serve-on")
+        self._record()
+        self._left, self.exit_status = True, status
+        self.changed.set()
 
     async def _compare_with_disk(self, generation: int) -> None:
         """An adopted generation goes on as it is; only it is told that something else lies on the disk."""
@@ -233,6 +303,13 @@ class Master:
         if self.instance.usurped:
             self._depose("the lock of this instance is somebody else's")
             return
+        change = self.state.change
+        if (
+            change is not None
+            and isinstance(event, model.WorkerEvent)
+            and event.generation == change.generation
+        ):
+            self._service.progress()  # whatever a worker that is being started says
         self.state, effects = lifecycle.step(self.state, event, time.monotonic())
         if isinstance(event, model.WorkerExited):
             self.totals.worker_ended((event.generation, event.worker))
@@ -243,6 +320,7 @@ class Master:
             self._execute(effect)
         if effects:
             self._record()
+        self._ready_if_due()
 
     def _record(self) -> None:
         """Write down what the next master has to know."""
@@ -270,13 +348,7 @@ class Master:
 
     def _store(self) -> None:
         """Let the service manager keep what must outlive this process."""
-        held = dict(self._listening.own) | self.workers.relay.names
-        for name in self._stored - held.keys():
-            self._service.forget(name)
-        self._stored &= held.keys()
-        self._stored |= {
-            name for name, fd in held.items() if name not in self._stored and self._service.store(name, fd)
-        }
+        self._service.keep(dict(self._listening.own) | self.workers.relay.names)
 
     def _arm(self) -> None:
         if self._timer is not None:
@@ -308,8 +380,6 @@ class Master:
             await asyncio.wait(answering, timeout=timeout_s)
 
     def _close(self) -> None:
-        # the outcome is settled: a signal that comes while the interpreter ends must not give another exit status
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._journal.close()
         self._listening.close()
         self.workers.close()
@@ -320,7 +390,8 @@ class Master:
     def ask_reload(self, asked_by: str, overtakes: bool = False) -> Operation:
         """Ask for a new generation; with `overtakes` instead of one that is still being started."""
         operation = self.operations.create("reload", asked_by)
-        self._service.reloading() if self._said_ready else None
+        if self._said_ready:
+            self._service.reloading(f"a new generation is being started, asked for by {asked_by}")
         self.put(model.ReloadAsked(operation.number, overtakes=overtakes))
         return operation
 
@@ -369,15 +440,25 @@ class Master:
 
     def _on_stop(self, name: str, at_once: bool = False) -> None:
         self.log("info", "signal", signal=name)
+        if name == "SIGTERM" and self._is_restarted:
+            self._service.stopping("the unit is being restarted; the workers serve on")
+            self._leave(Status.OK)
+            return
         self.put(self._stop_event(None, at_once))
 
+    @property
+    def _is_restarted(self) -> bool:
+        """Whether this end is the first half of a restart, and there is something that can serve on until the second."""
+        marked = self.instance.restart_is_marked and not self._restarting
+        return marked and self.state.stopping is None and self.state.serving
+
     def _stop_event(self, operation: int | None, at_once: bool) -> model.StopAsked:
-        self._service.stopping()
+        self._service.stopping("stopping")
         current = self.snapshots.get(self.state.current or 0)
         settings = current.settings if current else None
         delay = settings.stop_delay if settings else 0.0
         budget = settings.timeout_graceful_shutdown if settings else 10.0
-        self._service.extend(delay + budget + _EXTEND_S)
+        self._service.extend(delay + budget + _STOP_SLACK_S)
         return model.StopAsked(operation, at_once, delay, budget)
 
     def ask_upgrade(self, asked_by: str) -> Operation:
@@ -389,6 +470,10 @@ class Master:
     def _on_usr2(self) -> None:
         self.log("info", "signal", signal="SIGUSR2")
         self.ask_upgrade("SIGUSR2")
+
+    def _on_usr1(self) -> None:
+        """Elsewhere it means that log files are to be opened anew; by itself it would end this process."""
+        self.log("info", "signal", signal="SIGUSR1", action="none: there is no log file to be opened anew")
 
     async def _try_upgrade(self, operation: Operation) -> None:
         operation.progress("try")
@@ -467,10 +552,11 @@ class Master:
                 for number in operations:
                     if (operation := self.operations.get(number)) is not None:
                         operation.progress(phase)
-                if operations and phase != "queued":
-                    self._service.extend(self._patience() + _EXTEND_S)
-            case model.Settle():
+                self._service.progress()
+            case model.Settle(number):
                 self._settle(effect)
+                if (operation := self.operations.get(number)) is not None:
+                    self._announce(operation)
             case model.Promoted(generation, previous):
                 self._promoted(generation, previous)
             case model.AllDrained(generation):
@@ -487,11 +573,6 @@ class Master:
             case model.Exit(status):
                 self.exit_status = status
                 self.log("info", "exit", status=status)
-
-    def _patience(self) -> float:
-        change = self.state.change
-        taken = self.snapshots.get(change.generation) if change else None
-        return taken.settings.ready_timeout if taken else lifecycle.PREPARE_TIMEOUT_S
 
     async def _prepare(self, generation: int) -> None:
         try:
@@ -586,7 +667,7 @@ class Master:
         outcome = "ok" if effect.ok else "refused"
         self.log(
             level,
-            "start" if operation.asked_by == START else operation.kind,
+            _name(operation),
             outcome=outcome,
             generation=effect.generation,
             seconds=sum(operation.phases.values()),
@@ -594,17 +675,29 @@ class Master:
             service=operation.service or None,
             output=effect.output,
         )
-        if operation.kind == "reload":
-            if effect.ok:
-                self._said_ready = True
-            if self._said_ready:
-                self._service.ready(self._summary(operation))
 
-    def _summary(self, operation: Operation) -> str:
-        serving = f"generation {self.state.current} serves" if self.state.current else "nothing serves"
-        if operation.ok is False:
-            return f"{serving}; the last reload was refused: {operation.reason}"
-        return serving
+    def _announce(self, operation: Operation) -> None:
+        """Tell the service manager of a reload's outcome: once, after the last of those that wait.
+
+        Else a reload that is still queued would count as done.
+        """
+        if operation.kind != "reload" or any(each.kind == "reload" for each in self.operations.running()):
+            return
+        if self._restarting:
+            self._restarting = False
+            self.instance.take_restart_mark()
+            if not operation.ok:
+                self._leave(Status.NOT_STARTED)
+                return
+        if operation.ok or self._said_ready:
+            self._ready_due = True
+
+    def _ready_if_due(self) -> None:
+        """Whoever connects after READY meets the new code: it waits until the old one has stopped accepting."""
+        quieting = (each.having(_QUIETING) for each in self.state.generations.values())
+        if self._ready_due and not any(quieting):
+            self._ready_due = False
+            self._ready(f"generation {self.state.current} serves" if self.state.current else "nothing serves")
 
     def _promoted(self, generation: int, previous: int | None) -> None:
         taken = self.snapshots[generation]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 from segue.handoff.notify import Notifier
 
@@ -25,6 +24,11 @@ class ServiceManager:
         meant = environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self._watchdog_s = int(interval) / 2e6 if interval.isdigit() and meant else None
         environ.pop("FDSTORE", None)  # unset by versions before 254, which store none the less
+        self.has_started_us = environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+        """Whether this process is itself what a unit's ``ExecStart=`` has started."""
+        self._beaten = 0.0
+        self._extended = 0.0
+        self._kept: set[str] = set()
 
     @property
     def environ(self) -> dict[str, str]:
@@ -35,39 +39,67 @@ class ServiceManager:
         """The first generation serves; or a reload has ended, well or not."""
         self._send({"READY": 1, "STATUS": status})
 
-    def reloading(self) -> None:
-        """A reload has begun: the time stamp must be taken after the signal arrived."""
-        self._send({"RELOADING": 1, "MONOTONIC_USEC": time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000})
+    def reloading(self, status: str) -> None:
+        """A reload has begun: the time stamp must be taken after the signal arrived. `ready` must follow."""
+        stamp = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send({"RELOADING": 1, "MONOTONIC_USEC": stamp, "STATUS": status})
 
-    def stopping(self) -> None:
+    def stopping(self, status: str) -> None:
         """A stop has begun."""
-        self._send({"STOPPING": 1})
+        self._send({"STOPPING": 1, "STATUS": status})
 
     def extend(self, seconds: float) -> None:
-        """A start or stop that makes progress may take `seconds` more."""
+        """A start, reload or stop that makes progress may take `seconds` more, from now on."""
         self._send({"EXTEND_TIMEOUT_USEC": int(seconds * 1e6)})
 
-    def store(self, name: str, fd: int) -> bool:
-        """Let it keep a copy of `fd`, which it passes to the next start of this service, by `name`.
+    def progress(self) -> None:
+        """A start makes progress; may be called as often as anything shows it."""
+        now = time.monotonic()
+        if now - self._extended >= _EXTEND_EVERY_S:
+            self._extended = now
+            self.extend(PROGRESS_S)
 
-        It does if ``FileDescriptorStoreMax=`` is set. False if it could not be told: try again.
+    def knows(self, kept: Iterable[str], dropped: Iterable[str]) -> None:
+        """What it has passed to this start: by these names it keeps what is in use, and by those what nobody wants."""
+        self._kept = set(kept)
+        for name in dropped:
+            self._forget(name)
+
+    def keep(self, fds: Mapping[str, int]) -> None:
+        """Let it keep copies of `fds`, and of nothing else, for the next start of this service.
+
+        It does if ``FileDescriptorStoreMax=`` is set. What could not be told is told by the next call.
         """
-        return self._notifier is None or self._notifier.send({"FDSTORE": 1, "FDNAME": name}, [fd])
+        for name in self._kept - fds.keys():
+            self._forget(name)
+            self._kept.discard(name)
+        for name in fds.keys() - self._kept:
+            # first, since with two of one name it would be a matter of luck which comes back
+            if self._forget(name) and self._send({"FDSTORE": 1, "FDNAME": name}, [fds[name]]):
+                self._kept.add(name)
 
-    def forget(self, name: str) -> None:
-        """Let it drop what it keeps by `name`."""
-        self._send({"FDSTOREREMOVE": 1, "FDNAME": name})
+    def _forget(self, name: str) -> bool:
+        return self._send({"FDSTOREREMOVE": 1, "FDNAME": name})
 
-    async def watchdog(self) -> None:
-        """Tell, as long as the loop that runs this is alive."""
-        while self._watchdog_s is not None:
+    @property
+    def watchdog_s(self) -> float | None:
+        """How often `alive` has to be called at least; None: nobody watches."""
+        return self._watchdog_s
+
+    def alive(self) -> None:
+        """The loop that calls this turns; may be called in each turn."""
+        now = time.monotonic()
+        if self._watchdog_s is not None and now - self._beaten >= self._watchdog_s / 2:
+            self._beaten = now
             self._send({"WATCHDOG": 1})
-            await asyncio.sleep(self._watchdog_s)
 
-    def _send(self, fields: dict[str, object]) -> None:
-        if self._notifier is not None:
-            self._notifier.send(fields)
+    def _send(self, fields: dict[str, object], fds: Sequence[int] = ()) -> bool:
+        return self._notifier is not None and self._notifier.send(fields, fds)
 
+
+PROGRESS_S = 15.0
+"""What a sign of progress is worth; the last one keeps a start that has got stuck for so long."""
+_EXTEND_EVERY_S = 1.0
 
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE")
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from segue.supervisor import reaping
 from segue.supervisor.systemd import pass_fds
 
 TRIAL = "SEGUE_TRIAL"
@@ -54,6 +55,7 @@ def _start(environ: Mapping[str, str], directory: str, output: int) -> int:
         start_new_session=True,
     )
     process.returncode = 0  # it is ours to wait for, through its pidfd
+    reaping.leave(process.pid)
     return process.pid
 
 
@@ -74,6 +76,7 @@ async def _outcome(pid: int, output: int) -> str:
             await ended.wait()
         _, status = os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - it has ended
     finally:
+        reaping.done(pid)
         loop.remove_reader(pidfd)
         os.close(pidfd)
     code = os.waitstatus_to_exitcode(status)

@@ -17,7 +17,7 @@ import msgspec
 from segue.handoff.http import CallError, Response, call
 from segue.handoff.messages import EPOCH_HEADER, EPOCH_MEMBER, HOT, NotifyKey, SwapOrder, WorkerMode
 from segue.handoff.notify import Notification, NotifySocket
-from segue.supervisor import model, spawning
+from segue.supervisor import model, reaping, spawning
 from segue.supervisor.finding import FoundWorker
 from segue.supervisor.inherited import LIFELINE_READ, LIFELINE_WRITE, NOTIFY
 from segue.supervisor.log import Log
@@ -178,6 +178,7 @@ class Workers:
     def _watch(self, key: Key, child: Child) -> None:
         self.children[key] = child
         self._pids[child.process.pid] = key
+        reaping.leave(child.process.pid)
         self._loop.add_reader(child.process.pidfd, self._on_exit, key)
 
     @property
@@ -210,6 +211,7 @@ class Workers:
         process = child.process
         self._loop.remove_reader(process.pidfd)
         status = process.reap()
+        reaping.done(process.pid)
         self._pids.pop(process.pid, None)
         output = "" if child.is_ready else process.tail()
         reason = spawning.describe_exit(status, child.failure)

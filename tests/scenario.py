@@ -339,9 +339,11 @@ class Client:
 class Load:
     """The load generator beside the test. `nothing_lost` is the measure that counts."""
 
-    def __init__(self, port: int, *arguments: str) -> None:
+    def __init__(self, port: int, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
+        """`prefix` is a command that runs the command given to it (`nsenter --net=…`)."""
         self._process = subprocess.Popen(
             [
+                *prefix,
                 sys.executable,
                 str(ROOT / "bench" / "load.py"),
                 "--port",

@@ -39,6 +39,10 @@ class Telling:
         self._phase = phase
         self._notifier.send({NotifyKey.PHASE: phase, NotifyKey.STATE: WorkerMode.BOOTING})
 
+    def alive(self) -> None:
+        """The event loop turns, though booting has not come to another phase."""
+        self._notifier.send({NotifyKey.STATE: WorkerMode.BOOTING, NotifyKey.WATCHDOG: 1})
+
     def failed(self, reason: str) -> None:
         """Booting has failed. Waits a second at most until the master's queue has room."""
         fields: dict[str, object] = {

@@ -238,6 +238,8 @@ class Worker:
         why = self._recycling.due(self._http.state.total_requests) if self.mode is WorkerMode.ACTIVE else None
         if why is not None:
             self._telling.ask_to_recycle(why)
+        if self.mode is WorkerMode.BOOTING:
+            self._telling.alive()
 
     def _set_mode(self, mode: WorkerMode) -> None:
         if mode is not self.mode:

@@ -1,0 +1,144 @@
+"""What systemd runs beside the master: ``segue stop --unit %n`` as ``ExecStop=`` and as ``ExecStopPost=`` of its unit.
+
+Three things can happen to a unit, and systemd calls the same two hooks: a *stop* leaves no process. A *restart* is a stop
+and a start; it need not be an outage, so the master ends alone, and the next one takes its workers over and starts the
+code on the disk beside them. After a *crash* of the master nothing is ended: systemd starts the next one.
+
+Which of them it is, systemd knows: it has a job for the unit. It is asked by its own client, `systemctl`; when that can't
+be had, a stop is taken for a stop.
+
+Rejected: stopping all workers in a restart too, with their idle connections waiting in the relay. It works, but who comes
+new waits for as long as the slowest request, or stream, of the old code takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from segue.supervisor import journal, leftovers, memory
+from segue.supervisor.client import stop
+from segue.supervisor.exits import Status
+from segue.supervisor.instance import LOCK, Instance, InstanceError
+
+STOP, RESTART = "stop", "restart"
+"""Types of systemd's jobs."""
+_ASK_TIMEOUT_S = 5.0
+_YOUNG_S = 5.0
+_PAUSE_S = 1.0
+"""After the death of a master that was younger than `_YOUNG_S`, so that `RestartSec=` can be next to nothing."""
+_BUDGET_S = 30.0
+"""For workers of which nobody has written down how long their stop may take."""
+
+
+def run(unit: str, runtime_dir: str, environ: Mapping[str, str]) -> int:
+    """Be the hook that `environ` says (systemd.exec(5)); returns the exit status."""
+    job = _job(unit)
+    instances = list(_instances(runtime_dir))
+    result = environ.get("SERVICE_RESULT", "success")
+    if environ.get("MAINPID"):
+        return _before(job, instances)
+    if result != "success" and job not in {STOP, RESTART}:
+        _let_settle(unit)
+        job = _job(unit)
+    if job == RESTART:
+        _mark(instances)
+    elif job == STOP or result == "success":
+        return _sweep(unit, instances)
+    return Status.OK
+
+
+def _say(text: str) -> None:
+    print(f"segue: {text}", file=sys.stderr, flush=True)
+
+
+def _before(job: str | None, instances: list[Instance]) -> int:
+    """``ExecStop=``: the master runs still. After this systemd sends it SIGTERM, if it hasn't ended by then."""
+    if job == RESTART:
+        _say("a restart: the workers serve on until the new master has started the code on the disk")
+        _mark(instances)
+        return Status.OK
+    for instance in instances:
+        instance.take_restart_mark()
+        if instance.locked_by() is not None:
+            with contextlib.suppress(InstanceError):  # it hangs: systemd's own signals come next
+                stop(instance, at_once=False, timeout_s=None)
+    return Status.OK
+
+
+def _mark(instances: list[Instance]) -> None:
+    for instance in instances:
+        try:
+            instance.mark_restart()
+        except OSError as error:
+            _say(f"{instance.directory} can't be marked for a restart: {error.strerror}")
+
+
+def _sweep(unit: str, instances: list[Instance]) -> int:
+    """``ExecStopPost=`` of a stop: nothing is left."""
+    known = [memory.recall(journal.read(instance.journal)) for instance in instances]
+    try:
+        leftovers.end_all(unit, max(map(_budget_s, known), default=_BUDGET_S), _say)
+    except (leftovers.NotInUnitError, OSError) as error:
+        _say(f"--unit {unit}: {error}; nothing was ended")
+        return Status.REFUSED
+    for instance in instances:
+        instance.take_restart_mark()
+        if instance.locked_by() is None:
+            for key in instance.worker_keys():
+                instance.forget_worker(*key)
+            for path in (instance.control, instance.notify, instance.journal):
+                Path(path).unlink(missing_ok=True)
+    return Status.OK
+
+
+def _budget_s(known: memory.Memory) -> float:
+    written = [each.sources.settings for each in known.generations.values() if each.sources is not None]
+    values = [settings.get("timeout_graceful_shutdown") for settings in written]
+    return max((float(value) for value in values if isinstance(value, int | float)), default=_BUDGET_S)
+
+
+def _instances(runtime_dir: str) -> Iterator[Instance]:
+    """Those in the unit's runtime directory."""
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(runtime_dir)):
+            instance = Instance(os.path.join(runtime_dir, name))
+            if os.path.exists(os.path.join(instance.directory, LOCK)):
+                yield instance
+
+
+def _job(unit: str) -> str | None:
+    """The type of the job that systemd has for `unit`; None if there is none, or nobody to ask."""
+    for line in _systemctl("list-jobs", "--no-legend", "--plain", "--full").splitlines():
+        words = line.split()
+        if len(words) >= 3 and words[1] == unit:
+            return words[2]
+    return None
+
+
+def _let_settle(unit: str) -> None:
+    """A master that dies soon after its start, again and again, must not be started without a pause."""
+    shown = _systemctl("show", "--property=ExecMainStartTimestampMonotonic", "--value", unit).strip()
+    started = int(shown) / 1e6 if shown.isdigit() else 0.0
+    if time.clock_gettime(time.CLOCK_MONOTONIC) - started < _YOUNG_S:
+        time.sleep(_PAUSE_S)
+
+
+def _systemctl(*arguments: str) -> str:
+    command = ["systemctl", "--no-pager", *arguments]
+    environ = {**os.environ, "LC_ALL": "C", "SYSTEMD_COLORS": "0"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, env=environ, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _say(f"systemd can't be asked: {error}")
+        return ""
+    if done.returncode:
+        _say(f"systemd can't be asked: {done.stderr.strip()}")
+    return done.stdout

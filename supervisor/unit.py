@@ -1,0 +1,469 @@
+"""``segue unit``: unit files for systemd with the paths, addresses and time-outs of this place.
+
+The files in ``systemd/`` are what this prints for `EXAMPLE`.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from segue.supervisor import settings as config
+from segue.supervisor.finding import ANSWER_TIMEOUT_S, LAST_CHANCE_S
+from segue.supervisor.lifecycle import PREPARE_TIMEOUT_S
+from segue.supervisor.setting_schema import Form, Kind, Setting
+from segue.supervisor.setting_table import TABLE
+from segue.supervisor.turn import ACTIVATE_TIMEOUT_S, SLACK_S
+
+NOTIFY_RELOAD, NOTIFY = "notify-reload", "notify"
+TYPES = (NOTIFY_RELOAD, NOTIFY)
+NOTIFY_RELOAD_SINCE = 253
+"""The first version of systemd that has it."""
+TEMPLATE_NAME = "%i"
+_STOP_SLACK_S = 30
+_BACKLOG = 2048
+_UNPRIVILEGED_PORT = 1024
+
+
+class UnitError(Exception):
+    """No unit can be made of these settings; the message says why and what to do."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """What differs from one unit to another. Paths are absolute, with their symbolic links as given."""
+
+    command: tuple[str, ...]
+    """What runs segue."""
+    arguments: tuple[str, ...] = ()
+    """Of ``segue serve``: the application and its options."""
+    user: str
+    directory: str
+    name: str = "default"
+    """The instance's; `TEMPLATE_NAME` in a template."""
+    runtime_dir: str | None = None
+    """If it isn't one that systemd makes."""
+    binds: tuple[str, ...] = ("127.0.0.1:8000",)
+    ready_timeout: float = 60.0
+    stop_delay: float = 0.0
+    graceful_timeout: float = 30.0
+    type: str = NOTIFY_RELOAD
+
+    @property
+    def is_template(self) -> bool:
+        """Whether it is for several instances."""
+        return self.name == TEMPLATE_NAME
+
+    @property
+    def unit(self) -> str:
+        """The name of its files, without what follows the dot."""
+        if self.is_template:
+            return "segue@"
+        return "segue" if self.name == "default" else f"segue-{self.name}"
+
+    @property
+    def base(self) -> str:
+        """The name of its directories in /run and /var/lib."""
+        return "segue-%i" if self.is_template else self.unit
+
+    @property
+    def start_timeout_s(self) -> int:
+        """Longer than all that a start can take by segue's own deadlines, one after the other."""
+        found = ANSWER_TIMEOUT_S + LAST_CHANCE_S
+        return _rounded(found + PREPARE_TIMEOUT_S + self.ready_timeout + ACTIVATE_TIMEOUT_S + SLACK_S)
+
+    @property
+    def stop_timeout_s(self) -> int:
+        """The same for a stop."""
+        return _rounded(self.stop_delay + self.graceful_timeout + _STOP_SLACK_S)
+
+    @property
+    def paths(self) -> list[str]:
+        """What the unit's user has to be able to read."""
+        return [self.directory, self.command[0]]
+
+
+EXAMPLE = Place(
+    command=("/srv/segue/venv/bin/segue",),
+    arguments=("shop.app:app", "--workers", "2", "--bind", "127.0.0.1:8000"),
+    user="segue",
+    directory="/srv/segue/current",
+)
+"""Of whom the files in ``systemd/`` are."""
+EXAMPLE_TEMPLATE = msgspec.structs.replace(
+    EXAMPLE,
+    arguments=("--config", "/etc/segue/%i.toml"),
+    name=TEMPLATE_NAME,
+    binds=("unix:/run/segue-%i.sock",),
+)
+
+
+def place(
+    flags: Mapping[str, Any], environ: Mapping[str, str], user: str | None, template: bool, type_: str | None
+) -> tuple[Place, list[str]]:
+    """A unit for what lies here, and what its user should know. Raises `SettingsError` and `UnitError`."""
+    base_dir = config.logical_cwd(environ)
+    loaded = {key: value for key, value in flags.items() if not (template and key in {"config", "name"})}
+    effective = config.load(loaded, environ, base_dir)
+    settings = effective.settings
+    if template:
+        flags = {"config": "/etc/segue/%i.toml"} | dict(flags)
+    arguments = _arguments(flags, settings, base_dir, template=template)
+    binds = settings.binds
+    if template and effective.sources["bind"] == "default":
+        binds = EXAMPLE_TEMPLATE.binds
+    found = Place(
+        command=_command(),
+        arguments=arguments,
+        user=user or _user(),
+        directory=base_dir,
+        name=TEMPLATE_NAME if template else settings.name,
+        runtime_dir=settings.runtime_dir and os.path.abspath(settings.runtime_dir),
+        binds=binds,
+        ready_timeout=settings.ready_timeout,
+        stop_delay=settings.stop_delay,
+        graceful_timeout=settings.timeout_graceful_shutdown,
+        type=type_ or _type(),
+    )
+    return found, _notes(found, effective)
+
+
+def _command() -> tuple[str, ...]:
+    script = os.path.join(os.path.dirname(sys.executable), "segue")
+    return (script,) if os.access(script, os.X_OK) else (sys.executable, "-m", "segue")
+
+
+def _user() -> str:
+    return "segue" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _type() -> str:
+    """What this machine's systemd has, or the newer one if it can't be asked."""
+    try:
+        said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        said = ""
+    version = re.match(r"systemd (\d+)", said)
+    return NOTIFY if version and int(version[1]) < NOTIFY_RELOAD_SINCE else NOTIFY_RELOAD
+
+
+def _notes(found: Place, effective: config.Effective) -> list[str]:
+    notes = []
+    seen = [
+        f"{key} ({source})" for key, source in effective.sources.items() if source.startswith("environment")
+    ]
+    if seen:
+        notes.append(f"set in this environment, and not in the unit's: {', '.join(seen)}")
+    try:
+        pwd.getpwnam(found.user)
+    except KeyError:
+        notes.append(f"there is no user {found.user}: sudo useradd --system {found.user}")
+    if any(path.startswith("/root/") for path in found.paths) and found.user != "root":
+        notes.append(f"user {found.user} can't read what is in /root: move it, for example to /srv")
+    return notes
+
+
+def _arguments(
+    flags: Mapping[str, Any], settings: config.Settings, base_dir: str, *, template: bool
+) -> tuple[str, ...]:
+    """The command line of ``segue serve`` again, with absolute paths."""
+    words: list[str] = []
+    for setting in TABLE:
+        value = flags.get(setting.name)
+        if value is None or value == () or setting.key in {"bind", "host", "port", "uds", "fd", "name"}:
+            continue
+        words += _words(setting, value, base_dir)
+    if flags.get("config") is not None:
+        words += ["--config", os.path.join(base_dir, flags["config"])]
+    if any(
+        flags.get(key) is not None and flags.get(key) != () for key in ("bind", "host", "port", "uds", "fd")
+    ):
+        for bind in settings.binds:
+            words += ["--bind", bind]
+    if not template and flags.get("name"):
+        words += ["--name", settings.name]
+    return tuple(words)
+
+
+def _words(setting: Setting, value: Any, base_dir: str) -> list[str]:
+    if setting.key == "app":
+        return [value]
+    if setting.kind is Kind.SWITCH and setting.form is not Form.VALUE:
+        return (
+            [setting.flag if value else f"--no-{setting.key}"] if value or setting.form is Form.PAIR else []
+        )
+    values = value if isinstance(value, list | tuple) else [value]
+    if setting.kind in {Kind.FILE, Kind.DIRECTORY} or (setting.key == "python" and "/" in value):
+        values = [os.path.join(base_dir, each) for each in values]
+    return [word for each in values for word in (setting.flag, _text(each))]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _rounded(seconds: float) -> int:
+    return int(-(-seconds // 10) * 10)
+
+
+def _quoted(word: str, place: Place) -> str:
+    """As an argument of ``ExecStart=`` (systemd.service(5)); a template's own specifiers stay."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
+    if not (place.is_template and TEMPLATE_NAME in word):
+        word = word.replace("%", "%%")
+    return f'"{word}"' if not word or re.search(r"[\s'\";]", word) else word
+
+
+def _line(words: Sequence[str], place: Place) -> str:
+    return " ".join(_quoted(word, place) for word in words)
+
+
+# ----------------------------------------------------------------------------------------------------- the service
+
+
+def service(place: Place) -> str:
+    """The service unit."""
+    segue = _line(place.command, place)
+    name = ("--name", place.name) if place.is_template else ()
+    start = f"{segue} serve {_line((*place.arguments, *name), place)}".rstrip()
+    runtime = f" --runtime-dir {_quoted(place.runtime_dir, place)}" if place.runtime_dir else ""
+    sections = [
+        _head(place),
+        _UNIT.format(description=_description(place)),
+        _SERVICE.format(
+            type=_TYPES[place.type].format(
+                segue=segue,
+                where=runtime or f" --runtime-dir %t/{place.base}",
+                name=place.name.replace("%", "%%") if not place.is_template else place.name,
+            ),
+            user=place.user,
+            directory=place.directory.replace("%", "%%"),
+            start=start,
+            hook=f"{segue} stop --unit %n{runtime}",
+            directories=_DIRECTORIES.format(base=place.base) if not place.runtime_dir else "",
+            start_timeout=place.start_timeout_s,
+            stop_timeout=place.stop_timeout_s,
+        ),
+        _HARDENING.format(
+            home=_home(place), tmp=_tmp(place), writable=_writable(place), privileges=_privileges(place)
+        ),
+        "[Install]\nWantedBy=multi-user.target\n",
+    ]
+    return "\n".join(sections)
+
+
+def _head(place: Place) -> str:
+    name = f"{place.unit}.service"
+    started = f"{place.unit}NAME.service" if place.is_template else name
+    text = [f"# {name}: save it in /etc/systemd/system, then"]
+    text += [f"#     systemctl daemon-reload && systemctl enable --now {started}"]
+    if place.is_template:
+        text += ["# One instance for each configuration: segue@shop.service reads /etc/segue/shop.toml."]
+    if place.type == NOTIFY:
+        text += [
+            f"# For any systemd from 248 on; from {NOTIFY_RELOAD_SINCE} on take the one with Type=notify-reload."
+        ]
+    else:
+        text += [
+            f"# For systemd {NOTIFY_RELOAD_SINCE} or newer; before, take the one with Type=notify (segue unit --type notify)."
+        ]
+    return "\n".join(text) + "\n"
+
+
+def _description(place: Place) -> str:
+    if place.is_template:
+        return "segue: %i"
+    app = next((word for word in place.arguments[:1] if not word.startswith("-")), "the AI backend")
+    return f"segue: {app}".replace("%", "%%")
+
+
+_UNIT = """[Unit]
+Description={description}
+Documentation=https://pypi.org/project/segue/
+After=network-online.target
+Wants=network-online.target
+# While the master is tried again and again, its workers serve: giving up would leave them without one for good.
+StartLimitIntervalSec=0
+"""
+
+_TYPES = {
+    NOTIFY_RELOAD: """# Active once the first generation serves. A reload is SIGHUP, and "systemctl reload" waits for its end; it can't show
+# one that was refused: "segue reload" does, and the Status: line of "systemctl status".
+Type=notify-reload""",
+    NOTIFY: """# Active once the first generation serves. "systemctl reload" waits for the outcome, and fails if it was refused.
+Type=notify
+ExecReload={segue} reload{where} --name {name}""",
+}
+
+_SERVICE = """[Service]
+{type}
+NotifyAccess=main
+User={user}
+# May be a symbolic link to the release that is to run (current -> releases/42): each reload resolves it anew. systemd
+# tells a process only where it leads to, hence PWD.
+WorkingDirectory={directory}
+Environment="PWD={directory}"
+ExecStart={start}
+# The master alone is ended or killed by systemd. A crash costs no worker: the next master takes them over. In a restart,
+# too, they serve on until the code on the disk has been started beside them. At a stop the hooks leave no process.
+KillMode=process
+ExecStop={hook}
+ExecStopPost={hook}
+{directories}# The listening sockets and the relay, with the connections in it, outlive every process here. Two descriptors are the
+# relay's, each address has one or two.
+FileDescriptorStoreMax=64
+# At once, since between a crash and the restart systemd would run no hook for a stop. After a start that fails soon,
+# ExecStopPost= waits a second. A mistake in flags or settings (2) doesn't heal by itself.
+Restart=on-failure
+RestartSec=1ms
+RestartPreventExitStatus=2
+# Each is more than the sum of segue's own deadlines. A start that makes progress asks for more time by itself.
+TimeoutStartSec={start_timeout}
+TimeoutStopSec={stop_timeout}
+# Sent by the master's one loop, so a master that hangs is killed and followed by another; its workers notice nothing.
+WatchdogSec=30
+# A worker that the kernel ends for want of memory is started anew by the master; it is no reason to stop the rest.
+OOMPolicy=continue
+# Connections, and those in flight between generations, which count against it too.
+LimitNOFILE=65536
+"""
+
+_DIRECTORIES = """# Sockets and journal of the instance. Kept, since the next master finds the workers by them.
+RuntimeDirectory={base}
+RuntimeDirectoryMode=0700
+RuntimeDirectoryPreserve=yes
+# $STATE_DIRECTORY: what must last, such as the built-in application's memory. All else is read-only.
+StateDirectory={base}
+StateDirectoryMode=0700
+"""
+
+_HARDENING = """# What neither segue nor an ordinary application needs. An application that does: put the opposite into a drop-in
+# (systemctl edit), for example ReadWritePaths=/srv/uploads or PrivateDevices=no for a GPU.
+NoNewPrivileges=yes
+{privileges}
+# The file system: read-only but for the directories above{writable}
+ProtectSystem=strict
+{home}
+{tmp}
+UMask=0077
+PrivateDevices=yes
+ProtectProc=invisible
+# The kernel
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+LockPersonality=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+KeyringMode=private
+# IP, Unix sockets, and netlink, with which name look-ups learn which address families there are
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+# @system-service has what services do; of it nothing that needs privileges. A call that is denied fails with EPERM.
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+# Not set: MemoryDenyWriteExecute=, since compilers at run time (numba, torch, cffi's callbacks) need such memory;
+# ProcSubset=pid, since psutil and the sizing of thread pools read /proc/stat and /proc/meminfo; IPAddressDeny=, since
+# who may connect is for the address and the firewall to say; RemoveIPC=, which takes the shared memory of workers away
+# when their master ends; PrivateUsers=, since the next master, in a user namespace of its own, could not look after them.
+"""
+
+
+def _home(place: Place) -> str:
+    if any(path.startswith(("/home/", "/root/", "/run/user/")) for path in place.paths):
+        return "# Code or interpreter are in a home directory.\nProtectHome=read-only"
+    return "ProtectHome=yes"
+
+
+def _tmp(place: Place) -> str:
+    if any(path.startswith(("/tmp/", "/var/tmp/")) for path in place.paths):
+        return "# Code or interpreter are in a directory for temporary files.\nReadWritePaths=/tmp /var/tmp"
+    return """# Not PrivateTmp=, which is emptied when the master ends, under the feet of the workers that serve on.
+TemporaryFileSystem=/tmp:mode=1777,size=50% /var/tmp:mode=1777,size=50%"""
+
+
+def _writable(place: Place) -> str:
+    """Directories in which segue itself has to make something."""
+    sockets = {
+        os.path.dirname(bind.removeprefix("unix:")) for bind in place.binds if bind.startswith("unix:")
+    }
+    needed = sorted(sockets - {"/run"} | ({place.runtime_dir} if place.runtime_dir else set()))
+    return "".join(f"\nReadWritePaths={path.replace('%', '%%')}" for path in needed)
+
+
+def _privileges(place: Place) -> str:
+    if any(0 < _port(bind) < _UNPRIVILEGED_PORT for bind in place.binds):
+        return "# A port below 1024.\nAmbientCapabilities=CAP_NET_BIND_SERVICE\nCapabilityBoundingSet=CAP_NET_BIND_SERVICE"
+    return "CapabilityBoundingSet="
+
+
+def _port(bind: str) -> int:
+    port = bind.rpartition(":")[2]
+    return int(port) if not bind.startswith(("unix:", "fd:")) and port.isdigit() else 0
+
+
+# ------------------------------------------------------------------------------------------------------ the socket
+
+
+def socket(place: Place) -> str:
+    """The socket unit. Raises `UnitError`."""
+    listen = "\n".join(f"ListenStream={_stream(bind)}" for bind in place.binds)
+    name = f"{place.unit}.socket"
+    service_name = f"{place.unit}.service"
+    return f"""# {name}, beside {service_name}: systemd holds the listening sockets, from the boot on and while the service
+# is stopped; who connects then starts it, and waits.
+#     systemctl enable --now {name.replace("@.", "@NAME.")}
+# The service serves on all of them. If its command line or settings name addresses, they must be these.
+[Unit]
+Description=The listening sockets of {service_name.replace("@.", "@%i.")}
+
+[Socket]
+{listen}
+# The names that the service sees ($LISTEN_FDNAMES): several socket units may belong to one (Sockets=).
+FileDescriptorName=http
+# One socket for all connections: Accept=yes would start a service for each.
+Accept=no
+Backlog={_BACKLOG}
+{_more(place)}
+[Install]
+WantedBy=sockets.target
+"""
+
+
+def _more(place: Place) -> str:
+    lines = []
+    if any(not bind.startswith("unix:") for bind in place.binds):
+        lines += ["NoDelay=yes"]
+    if any(bind.startswith("unix:") for bind in place.binds):
+        lines += [
+            "# Who may connect: everybody who can go to the directory.",
+            "SocketMode=0666",
+            "RemoveOnStop=yes",
+        ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _stream(bind: str) -> str:
+    if bind.startswith("unix:"):
+        return bind.removeprefix("unix:")
+    host, _, port = bind.rpartition(":")
+    if bind.startswith("fd:") or port == "0":
+        raise UnitError(f"a socket unit can't listen on {bind}: name an address with --bind")
+    if not host:
+        return port
+    if host == "localhost":
+        return f"127.0.0.1:{port}"
+    if not host.startswith("[") and not re.fullmatch(r"[0-9.]+", host):
+        raise UnitError(f"a socket unit takes no host name: give the address of {host} with --bind")
+    return bind

@@ -1,0 +1,385 @@
+"""The units under a real systemd: Debian 12's 252, and one that has notify-reload."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from machine import NEW, OLD, USER, Machine, Service, start_machine
+from scenario import Load
+
+UNIT = "segue.service"
+KEEP = ("--keepalive", "10", "--newconn", "3", "--sse", "2")
+
+
+@pytest.fixture(scope="module", params=[OLD, NEW])
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    machine = start_machine(request.param)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def new(machine: Machine) -> bool:
+    """Whether this systemd has notify-reload."""
+    return "254" in machine.run("systemctl", "--version").stdout
+
+
+@pytest.fixture
+def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """An installed unit of two workers, not started; nothing is left of it after the test."""
+    service = Service(machine, machine.place / request.node.name.split("[")[0] / "code")
+    service.write("1")
+    service.directory.parent.chmod(0o755)
+    machine.install(
+        UNIT, machine.unit("shop:app", "--workers", "2", "--no-access-log", cwd=service.directory)
+    )
+    yield service
+    if os.environ.get("SHOW"):
+        print(machine.journal())
+    machine.systemctl("stop", UNIT)
+    assert machine.processes() == []
+    machine.systemctl("reset-failed")
+    machine.run(
+        "rm", "-rf", "/run/systemd/system/segue.service", "/run/systemd/system/segue.service.d", "/run/segue"
+    )
+
+
+def started(service: Service) -> Service:
+    service.machine.systemctl("start", service.unit)
+    return service
+
+
+def load(service: Service, *arguments: str) -> Load:
+    return Load(
+        service.port, *(arguments or KEEP), prefix=("nsenter", f"--net=/proc/{service.machine.pid}/ns/net")
+    )
+
+
+def test_start_returns_when_it_serves_and_stop_leaves_nothing(machine: Machine, service: Service) -> None:
+    machine.systemctl("start", UNIT)
+    assert service.get() == "1"
+    shown = machine.show(UNIT, "ActiveState", "StatusText", "Type")
+    assert shown["ActiveState"] == "active"
+    assert "generation 1 serves" in shown["StatusText"]
+    assert len(machine.processes()) == 3
+    machine.systemctl("stop", UNIT)
+    assert machine.processes() == []
+    assert machine.show(UNIT, "ActiveState", "Result") == {
+        "ActiveState": "inactive",
+        "Result": "success",
+    }
+
+
+def test_a_crash_of_the_master_costs_nothing(machine: Machine, service: Service) -> None:
+    started(service)
+    workers, master = service.workers(), service.master()
+    with load(service) as clients:
+        machine.kill(master)
+        machine.wait(UNIT, ActiveState="active", NRestarts="1")
+        assert service.master() != master
+        assert service.workers() == workers
+        clients.nothing_lost()
+
+
+def test_a_restart_runs_the_code_from_the_disk_and_costs_nothing(machine: Machine, service: Service) -> None:
+    started(service)
+    workers, master = service.workers(), service.master()
+    with contextlib.ExitStack() as stack, load(service) as clients:
+        idle = [stack.enter_context(service.connect()) for _ in range(5)]
+        assert {service.get("/", sock) for sock in idle} == {"1"}
+        service.write("2")
+        machine.systemctl("restart", UNIT)
+        assert service.get() == "2"
+        assert service.master() != master
+        assert not set(service.workers()) & set(workers)
+        tally = clients.nothing_lost()
+        # it is never without somebody who accepts; promised is the start of the application and a second
+        assert tally["latency_ms"]["newconn"]["max"] < 1000, tally["latency_ms"]
+        for sock in idle:
+            service.wait_answer("2", sock)
+
+
+def test_reload_waits_for_the_new_code_and_tells_of_a_refusal(
+    machine: Machine, service: Service, new: bool
+) -> None:
+    started(service)
+    service.write("2")
+    machine.systemctl("reload", UNIT)
+    assert service.get() == "2"
+    service.write("3", prelude="import no_such_module\n")
+    done = machine.systemctl("reload", UNIT, check=False)
+    assert (done.returncode == 0) == new  # notify-reload can't say it
+    shown = machine.show(UNIT, "ActiveState", "StatusText")
+    assert shown["ActiveState"] == "active"
+    assert "generation 2 serves" in shown["StatusText"]
+    assert "refused" in shown["StatusText"]
+    assert "no_such_module" in shown["StatusText"]
+    assert service.get() == "2"
+    done = service.command("reload", check=False)
+    assert done.returncode == 1
+    assert "no_such_module" in done.stderr
+    service.write("4")
+    machine.systemctl("reload", UNIT)
+    assert service.get() == "4"
+    assert machine.show(UNIT, "StatusText") == {"StatusText": "generation 5 serves"}
+
+
+def test_reloads_that_overlap_are_done_when_the_last_is(machine: Machine, service: Service) -> None:
+    """One that `systemctl reload` asks for while another runs is not told as done with that one's end."""
+    started(service)
+    service.write("2", prelude="import time; time.sleep(2)\n")
+    service.command("reload", "--no-wait")
+    service.write("3", prelude="import time; time.sleep(2)\n")
+    machine.systemctl("reload", UNIT)
+    assert service.get() == "3"
+
+
+def test_a_first_start_that_fails_is_a_failed_start(machine: Machine, service: Service) -> None:
+    service.write("1", prelude="import no_such_module\n")
+    done = machine.systemctl("start", UNIT, check=False)
+    assert done.returncode != 0
+    machine.wait_journal("start outcome=refused .*no_such_module")
+    assert machine.show(UNIT, "ActiveState")["ActiveState"] in {"activating", "failed"}
+    service.write("1")
+    machine.wait(UNIT, ActiveState="active")  # it is tried again, with a pause
+    assert service.get() == "1"
+
+
+def test_a_restart_with_code_that_does_not_start_fails_and_costs_nothing(
+    machine: Machine, service: Service
+) -> None:
+    """The command fails; whoever is connected, or connects, is served by the code of before."""
+    started(service)
+    workers = service.workers()
+    service.write("2", prelude="import no_such_module\n")
+    with load(service) as clients:
+        done = machine.systemctl("restart", UNIT, check=False)
+        assert done.returncode != 0, machine.journal()
+        machine.wait(UNIT, ActiveState="active")
+        status = machine.show(UNIT, "StatusText")["StatusText"]
+        assert "the last restart was refused" in status
+        assert "no_such_module" in status
+        assert service.workers() == workers
+        clients.nothing_lost()
+    service.write("3")
+    machine.systemctl("restart", UNIT)
+    assert service.get() == "3"
+
+
+@pytest.mark.parametrize("delay_ms", [0, 30, 100, 300, 600, 1000, 1500])
+def test_stop_leaves_nothing_also_when_the_master_was_killed_just_before(
+    machine: Machine, service: Service, delay_ms: int
+) -> None:
+    started(service)
+    machine.run("sh", "-c", f"kill -9 {service.master()}; sleep {delay_ms / 1000}; systemctl stop {UNIT}")
+    assert machine.processes() == [], machine.journal()
+
+
+def test_stop_leaves_nothing_when_the_master_hangs(machine: Machine, service: Service) -> None:
+    machine.drop_in(UNIT, TimeoutStopSec="2")
+    started(service)
+    machine.kill(service.master(), signal.SIGSTOP)
+    machine.kill(service.workers_by_socket()[0], signal.SIGSTOP)
+    machine.systemctl("stop", UNIT)
+    assert machine.processes() == [], machine.journal()
+
+
+def test_stop_leaves_no_child_of_the_application(machine: Machine, service: Service) -> None:
+    """As systemd itself sees to it with the usual KillMode."""
+    service.write(
+        "1", prelude="import subprocess\nsubprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+    )
+    started(service)
+    assert len(machine.processes()) == 5
+    machine.systemctl("stop", UNIT)
+    assert machine.processes() == []
+
+
+def test_workers_that_have_lost_their_master_go_on_writing_temporary_files(
+    machine: Machine, service: Service
+) -> None:
+    service.write("1", prelude="import tempfile\n", body="tempfile.NamedTemporaryFile().name")
+    started(service)
+    assert service.get().startswith("/tmp/")
+    machine.kill(service.master())
+    machine.wait(UNIT, ActiveState="active", NRestarts="1")
+    for _ in range(10):
+        assert service.get().startswith("/tmp/")
+
+
+def test_a_master_that_hangs_is_replaced_and_nobody_notices(machine: Machine, service: Service) -> None:
+    machine.drop_in(UNIT, WatchdogSec="2")
+    started(service)
+    workers, master = service.workers(), service.master()
+    with load(service) as clients:
+        machine.kill(master, signal.SIGSTOP)
+        machine.wait(UNIT, ActiveState="active", NRestarts="1")
+        assert service.master() != master
+        assert service.workers() == workers
+        clients.nothing_lost()
+
+
+def test_a_slow_start_that_makes_progress_is_given_time(machine: Machine, service: Service) -> None:
+    """Longer than TimeoutStartSec= and than what one sign of progress is worth."""
+    machine.drop_in(UNIT, TimeoutStartSec="2")
+    service.write("1", startup="await asyncio.sleep(18)")
+    started(service)
+    assert service.get() == "1"
+
+
+def test_a_start_that_hangs_is_given_none(machine: Machine, service: Service) -> None:
+    machine.drop_in(UNIT, TimeoutStartSec="2", Restart="no")
+    service.write("1", prelude="import time; time.sleep(1000)\n")
+    done = machine.systemctl("start", UNIT, check=False)
+    assert done.returncode != 0
+    assert machine.show(UNIT, "Result") == {"Result": "timeout"}
+
+
+def test_who_waits_and_who_is_connected_outlives_every_process(machine: Machine, service: Service) -> None:
+    """Master and workers are killed at once: listener and relay are in the store."""
+    started(service)
+    machine.run("sh", "-c", f"kill -9 {service.master()} $(pgrep -u {USER} -f segue.worker)")
+    assert service.get() == "1"  # refused by nobody
+    machine.wait(UNIT, ActiveState="active", NRestarts="1")
+    shown = machine.show(UNIT, "NFileDescriptorStore")
+    assert shown == {"NFileDescriptorStore": "3"}
+    machine.systemctl("restart", UNIT)
+    assert machine.show(UNIT, "NFileDescriptorStore") == shown
+
+
+def test_after_a_change_of_name_no_worker_of_the_old_one_is_left(machine: Machine, service: Service) -> None:
+    """The new master does not know them: they were left by one of another instance, in the same unit."""
+    settings = service.directory / "segue.toml"
+    settings.write_text('name = "one"\n')
+    started(service)
+    workers = service.workers()
+    settings.write_text('name = "two"\n')
+    machine.systemctl("restart", UNIT)
+    machine.wait_journal("stray-worker-ended", count=2)
+    assert service.get() == "1"
+    service.wait_processes(3)
+    assert not set(machine.processes()) & set(workers)
+
+
+def test_a_release_is_deployed_by_a_link_and_a_reload(machine: Machine, service: Service) -> None:
+    """The unit's working directory is a symbolic link, looked up anew by each reload, restart and upgrade."""
+    place = service.directory.parent
+    for version in ("1", "2", "3"):
+        service.directory = place / "releases" / version
+        service.write(version)
+    current = place / "current"
+    current.symlink_to("releases/1")
+    machine.install(UNIT, machine.unit("shop:app", cwd=current))
+    started(service)
+    assert service.get() == "1"
+    for version in ("2", "3"):
+        (place / "next").symlink_to(f"releases/{version}")
+        (place / "next").rename(current)
+        if version == "2":
+            machine.systemctl("reload", UNIT)
+        else:
+            assert service.command("upgrade").returncode == 0
+            machine.systemctl("restart", UNIT)
+        assert service.get() == version
+
+
+def test_socket_activation_with_several_named_sockets(machine: Machine, service: Service) -> None:
+    """Two socket units, one of them with two addresses: who connects starts the service, and is answered."""
+    path = "/run/segue-test.sock"
+    machine.install(
+        "segue.socket", machine.unit("--socket", "--bind", "127.0.0.1:8000", cwd=service.directory)
+    )
+    machine.install(
+        "segue-more.socket",
+        "[Socket]\nListenStream=127.0.0.1:8001\nListenStream=" + path + "\n"
+        "FileDescriptorName=more\nService=segue.service\n",
+    )
+    machine.drop_in(UNIT, Sockets="segue.socket segue-more.socket")
+    try:
+        machine.systemctl("start", "segue.socket", "segue-more.socket")
+        assert machine.show(UNIT, "ActiveState") == {"ActiveState": "inactive"}
+        with service.connect() as idle:
+            assert service.get("/", idle) == "1"
+            machine.wait(UNIT, ActiveState="active")
+            assert {each["address"] for each in service.status()["listeners"]} == {
+                "127.0.0.1:8000",
+                "127.0.0.1:8001",
+                f"unix:{path}",
+            }
+            service.write("2")
+            machine.systemctl("restart", UNIT)
+            service.wait_answer("2", idle)
+        for port in (8000, 8001):
+            service.port = port
+            assert service.get() == "2"
+        curl = machine.run("curl", "-s", "--unix-socket", path, "http://shop/")
+        assert curl.stdout == "2"
+        machine.systemctl("stop", UNIT)
+        assert machine.run("test", "-S", path, check=False).returncode == 0  # it is systemd's
+        assert service.get() == "2"  # started again by this
+    finally:
+        machine.systemctl("stop", "segue.socket", "segue-more.socket", UNIT)
+
+
+def test_a_socket_unit_that_accepts_itself_is_refused_with_the_reason(
+    machine: Machine, service: Service
+) -> None:
+    machine.install("segue@.service", machine.unit("--template", "shop:app", cwd=service.directory))
+    machine.install("segue.socket", "[Socket]\nListenStream=127.0.0.1:8000\nAccept=yes\n")
+    try:
+        machine.systemctl("start", "segue.socket")
+        with service.connect():
+            machine.wait_journal("Accept=no")
+    finally:
+        machine.systemctl("stop", "segue.socket")
+        machine.systemctl("stop", "segue@*.service")
+
+
+def test_one_instance_for_each_configuration(machine: Machine, service: Service) -> None:
+    """Of a template: started, reloaded, killed and stopped each by itself."""
+    config = service.directory.parent
+    for name, port in (("blue", 8001), ("green", 8002)):
+        (config / f"{name}.toml").write_text(f'app = "shop:app"\nbind = ["127.0.0.1:{port}"]\n')
+    text = machine.unit("--template", "--config", f"{config}/%i.toml", cwd=service.directory)
+    machine.install("segue@.service", text)
+    blue = Service(machine, service.directory, "segue@blue.service", 8001)
+    green = Service(machine, service.directory, "segue@green.service", 8002)
+    try:
+        machine.systemctl("start", blue.unit, green.unit)
+        assert [blue.get(), green.get()] == ["1", "1"]
+        service.write("2")
+        machine.systemctl("reload", blue.unit)
+        assert [blue.get(), green.get()] == ["2", "1"]
+        assert green.command("reload", "--name", "green").returncode == 0
+        assert green.get() == "2"
+        machine.kill(blue.master())
+        machine.wait(blue.unit, ActiveState="active", NRestarts="1")
+        machine.systemctl("stop", blue.unit)
+        assert green.get() == "2"
+        assert len(machine.processes()) == 2
+    finally:
+        machine.systemctl("stop", "segue@*.service")
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--template",), ("--name", "shop"), ("--bind", ":80"), ("--type", "notify")]
+)
+def test_printed_units_are_valid_and_hardened(
+    machine: Machine, service: Service, new: bool, arguments: tuple[str, ...]
+) -> None:
+    place = machine.place / f"units-{len(arguments)}-{arguments[-1:] and arguments[-1].strip('-:')}"
+    place.mkdir(exist_ok=True)
+    name = "segue@" if "--template" in arguments else "segue-shop" if "shop" in arguments else "segue"
+    (place / f"{name}.service").write_text(machine.unit("shop:app", *arguments, cwd=service.directory))
+    (place / f"{name}.socket").write_text(
+        machine.unit("--socket", "shop:app", *arguments, cwd=service.directory)
+    )
+    for kind in ("service", "socket"):
+        file = place / f"{name}.{kind}"
+        done = machine.run("systemd-analyze", "verify", file)
+        assert str(place) not in done.stderr + done.stdout, done.stderr
+    machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=20", place / f"{name}.service")
