@@ -130,14 +130,23 @@ def test_two_agents_know_each_other_and_work_for_each_other_over_swaps_and_reloa
         wrong = http.post("/api/v1/hsp/tasks", json={"capability": "fly", "recipient": "beta"})
         assert wrong.status_code == 404
         assert "known: " in wrong.json()["detail"]
+        alpha.wait_status(lambda _: "chat" in [each["name"] for each in peer()["capabilities"]])
+        assert "calculate" in [each["name"] for each in peer()["capabilities"]]
+
+        def ask(capability: str, **parameters: Any) -> httpx2.Response:
+            order = {"capability": capability, "parameters": parameters, "recipient": "beta"}
+            return http.post("/api/v1/hsp/tasks", json=order)
+
+        assert "42" in ask("calculate", expression="6*7").json()["result"]["text"]
+        assert "no language model" in ask("chat", message="tell me about yourself").json()["result"]["text"]
+        assert ask("calculate", expression="1/0").status_code == 502
+        assert ask("chat", message=7).status_code == 502
         for change in (["reload", "hsp"], ["reload"]):
             assert beta.command(*change).returncode == 0
             beta.wait_status(connected)
-            assert (
-                http.post("/api/v1/hsp/tasks", json={"capability": "fly", "recipient": "beta"}).status_code
-                == 404
-            )
+            assert "42" in ask("calculate", expression="6*7").json()["result"]["text"]
             assert alpha.command(*change).returncode == 0
             alpha.wait_status(connected)
+        alpha.wait_status(lambda document: document["metrics"]["learning"]["known_ai_count"] == 1)
         beta.stop(None)
         alpha.wait_status(lambda _: not peer()["online"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 import segue
+from segue.worker.backend.agent import Agent
 from segue.worker.backend.dialogue import DialogueManager, DialogueSettings
 from segue.worker.backend.emotion import EmotionSettings, EmotionSystem
 from segue.worker.backend.hsp.connector import HSPConnector
@@ -86,6 +89,12 @@ def create() -> Starlette:
     ]
     described: dict[str, Any] = {}
 
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[Any]:
+        async with services.lifespan(app) as state:
+            parts.hsp.current.offer(Agent(parts))
+            yield state
+
     async def openapi(_: Request) -> Response:
         if not described:
             described.update(document(endpoints))
@@ -100,7 +109,7 @@ def create() -> Starlette:
             Route("/openapi.json", openapi),
             Route("/ping", ping),
         ],
-        lifespan=services.lifespan,
+        lifespan=lifespan,
     )
     # last, since it takes every path that is left
     app.mount("/", StaticFiles(directory=_PAGE, html=True))

@@ -19,7 +19,7 @@ import msgspec
 
 from segue.worker.backend.hsp import envelope as envelopes
 from segue.worker.backend.hsp import payloads
-from segue.worker.backend.hsp.continuity import Continuity, Handler, TaskHandler
+from segue.worker.backend.hsp.continuity import Continuity, Handler, Offer, TaskHandler
 from segue.worker.backend.hsp.elsewhere import connected_elsewhere
 from segue.worker.backend.hsp.envelope import Envelope, QoSParameters
 from segue.worker.backend.hsp.errors import HSPError, InvalidMessageError, LinkError
@@ -42,6 +42,8 @@ _log = logging.getLogger("segue.hsp")
 
 _FLUSH_S = 2.0
 """How long a publish in flight, or what was kept, may take when a connector leaves."""
+_LOOK_AGAIN_S = 5.0
+"""How often it looks whether what it can do has changed."""
 _MAX_TIMEOUT_S = 3600.0
 _Status = Literal["online", "offline"]
 _FALLBACK = "embedded fallback: messages stay in this process"
@@ -94,6 +96,8 @@ class HSPConnector:
         self._heir: HSPConnector | None = None
         self._active = False
         self._closed = False
+        self._said: list[Capability] = []
+        """What was advertised last."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ------------------------------------------------------------------------------------------------------ verbs
@@ -106,6 +110,7 @@ class HSPConnector:
         doesn't serve, or if the two can't be lined up.
         """
         self._spawn(self._outbox.retry())
+        self._spawn(self._advertise_changes())
         previous = self._previous
         if self.settings.host:
             await self._connect(previous is not None and previous.connected)
@@ -244,7 +249,7 @@ class HSPConnector:
     @property
     def capabilities(self) -> list[Capability]:
         """What it does for others."""
-        return list(self._known.capabilities.values())
+        return list(self._known.offered().values())
 
     @property
     def peers(self) -> list[Peer]:
@@ -347,6 +352,11 @@ class HSPConnector:
 
         return end
 
+    def offer(self, offer: Offer) -> None:
+        """Do what `offer` says, beside what is served, and advertise that. It goes on over swaps."""
+        self._known.offer = offer
+        self._advertise_soon()
+
     # ----------------------------------------------------------------------------------------------------- inside
 
     async def _on_connected(self) -> None:
@@ -358,8 +368,9 @@ class HSPConnector:
             await self._holder.appear()
 
     def _advertisement(self, status: _Status) -> Envelope:
-        capabilities = tuple(self._known.capabilities.values()) if status == "online" else ()
-        said = Advertisement(self._topics.ai_id, capabilities, status)
+        # at the end there may be nobody left to ask
+        self._said = self.capabilities if status == "online" else []
+        said = Advertisement(self._topics.ai_id, tuple(self._said), status)
         return envelopes.envelope(envelopes.ADVERTISEMENT, payloads.written(said), sender=self._topics.ai_id)
 
     async def _advertise(self) -> None:
@@ -371,6 +382,13 @@ class HSPConnector:
             await self._outbox.post(
                 self._letter(self._topics.advertisement, self._advertisement(status), retain=True)
             )
+
+    async def _advertise_changes(self) -> None:
+        """What it can do may change without anybody saying so."""
+        while True:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            if self._active and self.connected and self._said != self.capabilities:
+                await self._say("online")
 
     def _advertise_soon(self) -> None:
         self._spawn(self._advertise())

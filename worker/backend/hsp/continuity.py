@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from segue.worker.backend.hsp.envelope import Envelope
 from segue.worker.backend.hsp.payloads import Capability
@@ -19,6 +19,17 @@ Handler = Callable[[Envelope], Awaitable[None] | None]
 """Is called with each message of a type, in the order in which they were published."""
 TaskHandler = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
 """Does a task: takes its parameters, returns the payload of its result, raises if it can't."""
+
+
+class Offer(Protocol):
+    """What an agent does for others, if that changes while it works: `segue.worker.backend.agent.Agent`."""
+
+    def capabilities(self) -> list[Capability]:
+        """At this moment."""
+
+    def handler(self, capability: str) -> TaskHandler | None:
+        """What does it; None: nothing."""
+
 
 _PROBLEMS = 20
 _RETAINED = 10_000
@@ -49,10 +60,21 @@ class Continuity:
     handlers: dict[str, list[Handler]] = field(default_factory=dict)
     served: dict[str, TaskHandler] = field(default_factory=dict)
     capabilities: dict[str, Capability] = field(default_factory=dict)
+    offer: Offer | None = None
     problems: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_PROBLEMS))
     retained: OrderedDict[str, str] = field(default_factory=OrderedDict)
     """The id of the last retained message of each topic: it comes again with every connection."""
     _logged: float = 0.0
+
+    def offered(self) -> dict[str, Capability]:
+        """All that it does for others, by name."""
+        found = {each.name: each for each in self.offer.capabilities()} if self.offer is not None else {}
+        return found | self.capabilities
+
+    def handler(self, capability: str) -> TaskHandler | None:
+        """What does it; None: nothing."""
+        found = self.served.get(capability)
+        return found or (self.offer.handler(capability) if self.offer is not None else None)
 
     def problem(self, where: str, reason: str) -> None:
         """Remember, and now and then log, what could not be handled."""

@@ -136,10 +136,10 @@ class Inbox:
     # ------------------------------------------------------------------------------------------------------ tasks
 
     async def _begin(self, message: Envelope, request: TaskRequest) -> Coroutine[Any, Any, None] | None:
-        handler = self._known.served.get(request.capability)
+        handler = self._known.handler(request.capability)
         if handler is None:
             if message.recipient_ai_id == self._topics.ai_id:
-                known = ", ".join(sorted(self._known.served)) or "none"
+                known = ", ".join(sorted(self._known.offered())) or "none"
                 await self._give(
                     request, "rejected", {}, f"no capability {request.capability!r}; known: {known}"
                 )

@@ -54,6 +54,9 @@ class HSPSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Take facts and tasks for all as a member of this group (``$share``): each goes to one of its members, in no strict
     order. For agents of different names that share work."""
 
+    offers: tuple[str, ...] = ("*",)
+    """What the built-in backend does for other agents: patterns (``*``, ``?``) of names of tools, and ``chat``."""
+
     connect_timeout_s: _Seconds = 5.0
     reconnect_first_s: _Seconds = 0.2
     """How long to wait before a broker that was lost is tried again; doubled each time …"""
