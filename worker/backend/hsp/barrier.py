@@ -60,8 +60,9 @@ async def cut(
     try:
         await publish(topics.marker, token.encode())
         await _seen(list(both), watches, topics, timeout_s)
-        if old.counted != new.counted:
-            raise BarrierError(f"of {old.counted} messages the new connection was given {new.counted}")
+        here, there = (watch.counted for watch in watches)
+        if here != there:
+            raise BarrierError(f"of {here} messages the new connection was given {there}")
     finally:
         for each, watch in zip(both, watches, strict=True):
             each.unwatch(watch)

@@ -66,6 +66,8 @@ class Watch:
         self.then = then
         """Which mode begins with the token; None: it only shows that there is a way."""
         self.seen = asyncio.Event()
+        self.counted = 0
+        """How many messages came between the token before and this one; two connections have the same number."""
         self.probes: set[str] = set()
         """The topics on which the token came as a probe."""
 
@@ -87,8 +89,8 @@ class Subscription:
         """`heard_before`: the filters of whoever handles what is dropped here."""
         self.session = session
         self.mode = mode
-        self.counted = 0
-        """Messages since the last token; both connections of a swap should have the same number."""
+        self._counted = 0
+        """Messages since the last token."""
         self._settings = settings
         self._topics = topics
         self._take = take
@@ -167,7 +169,7 @@ class Subscription:
         if self._watches and self._is_probe(topic, payload):
             self._link.acknowledge(message)
             return
-        self.counted += not message.retain
+        self._counted += not message.retain
         if self.mode is Mode.RUN:
             await self._handle(message, topic, payload)
         elif self.mode is Mode.WAIT or self._is_new(message, topic):
@@ -204,9 +206,8 @@ class Subscription:
         watch = self._watches.get(token)
         if watch is None:
             return
-        if watch.then is None:
-            self.counted = 0
-        else:
+        watch.counted, self._counted = self._counted, 0
+        if watch.then is not None:
             self.mode = watch.then
         watch.seen.set()
 
