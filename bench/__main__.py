@@ -28,6 +28,7 @@ NAMES = {
     "start": "how much later than uvicorn a worker starts",
     "dev": "development mode: from a save to the new code",
     "throughput": "requests/s beside uvicorn (needs wrk)",
+    "scrape": "/metrics with 32 workers",
     "services": "leases, and swaps under streams",
     "hsp": "swaps of the agent protocol's connector under load (needs mosquitto)",
     "idle": "10,000 idle connections over a reload",

@@ -59,7 +59,8 @@ class Log:
     def _lines(self, level: str, event: str, fields: Mapping[str, object]) -> list[str]:
         fields = {key: _rounded(value) for key, value in fields.items() if value is not None}
         if self._format == lines.JSON:
-            written = [_fitting(level, {"event": event} | fields)]
+            told = {key: value for key, value in fields.items() if value != ""}
+            written = [_fitting(level, {"event": event} | told)]
         else:
             output = str(fields.pop("output", "") or "")
             words = [f"{key}={_quoted(value)}" for key, value in fields.items()]

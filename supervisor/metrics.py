@@ -20,7 +20,7 @@ from segue import __version__
 from segue.handoff.http import Response
 from segue.handoff.messages import LATENCY_BOUNDS_S, Counts, Figures
 from segue.supervisor.status import services_of_current
-from segue.supervisor.totals import CAUSES, RELOAD_BOUNDS_S, Written
+from segue.supervisor.totals import CAUSES, RELOAD_BOUNDS_S, Followed, Written
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -125,6 +125,9 @@ FAMILIES: dict[str, Family] = {
     "segue_service_version": Family("gauge", "How often a service was swapped, and one.", ("service",)),
     "segue_service_active": Family("gauge", "1 if it is active wherever it should be.", ("service",)),
     "segue_service_healthy": Family("gauge", "1 if its health() says so in all workers.", ("service",)),
+    "segue_hsp_messages": Family(
+        "counter", "Messages of the agent protocol, by what became of them.", ("kind",)
+    ),
     "segue_service_value": Family(
         "gauge", "A number of a service's metrics(), summed over the workers.", ("service", "name")
     ),
@@ -133,6 +136,11 @@ FAMILIES: dict[str, Family] = {
 prometheus-client for the master's own process."""
 
 
+_HSP = "hsp"
+_HSP_MESSAGES = (
+    *("received", "handled", "invalid", "duplicates", "handler_errors"),
+    *("published", "unacknowledged", "unsent", "dropped"),
+)
 _SUFFIXES = {"counter": "_total", "info": "_info"}
 
 
@@ -153,6 +161,7 @@ async def scrape(master: Master, accept: str) -> Response:
         _worker(page, each, generation=generation, worker=worker)
     for name, service in services.items():
         _service(page, name, service)
+    _hsp(page, services.get(_HSP), master.totals.written)
     return Response(200, encode(page), content_type)
 
 
@@ -280,3 +289,11 @@ def _service(page: _Page, name: str, service: Mapping[str, Any]) -> None:
     for key, value in (service["metrics"] or {}).items():
         if isinstance(value, int | float):
             page.add("segue_service_value", value, service=name, name=key)
+
+
+def _hsp(page: _Page, service: Mapping[str, Any] | None, written: Written) -> None:
+    values = (service and service["metrics"]) or {}
+    for kind in _HSP_MESSAGES:
+        if isinstance(value := values.get(kind), int | float):
+            followed = written.services.setdefault(f"{_HSP}/{kind}", Followed())
+            page.add("segue_hsp_messages", followed.now(value), kind=kind)

@@ -43,6 +43,20 @@ class Durations(msgspec.Struct):
     seconds: float = 0.0
 
 
+class Followed(msgspec.Struct):
+    """A counter that begins anew with whoever counts: what was last seen of it, and what was seen before that."""
+
+    before: float = 0.0
+    last: float = 0.0
+
+    def now(self, value: float) -> float:
+        """Its total. What was counted between the last look and a new beginning is nowhere."""
+        if value < self.last:
+            self.before += self.last
+        self.last = value
+        return self.before + value
+
+
 class Written(msgspec.Struct):
     """What is in the journal."""
 
@@ -56,6 +70,8 @@ class Written(msgspec.Struct):
     """By outcome."""
     restarts: dict[str, int] = {}
     """By one of `CAUSES`."""
+    services: dict[str, Followed] = {}
+    """Counters of services, by what they count."""
 
 
 class Totals:
