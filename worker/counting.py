@@ -54,15 +54,18 @@ class Counting:
     def figures(self, mode: WorkerMode, since: float, lag_s: float) -> Figures:
         """Everything that can be said in a moment."""
         state, responses = self._https[0].state, self._responses
+        counts = self._counts()
+        # 10,000 idle connections are not looked at one by one
+        is_idle = responses is not None and responses.begun == responses.completed + counts.aborted
         return Figures(
             pid=os.getpid(),
             time=time.time(),
             since=since,
             mode=mode,
-            counts=self._counts(),
+            counts=counts,
             connections=len(state.connections) + self._intake.pending,
             websockets=0 if responses is None else responses.websockets - responses.websockets_lost,
-            in_flight=in_flight(state.connections),
+            in_flight=0 if is_idle else in_flight(state.connections),
             tasks=len(state.tasks),
             waiting=gate.waiting,
             loop_lag_s=lag_s,
@@ -87,10 +90,10 @@ class Counting:
         )
         if responses is None:
             return counts
-        begun = responses.begun - responses.completed
-        unfinished = begun and begun - sum(in_flight(http.state.connections) for http in self._https)
-        # it doesn't go back, whatever ends while it is looked at
-        self._aborted = max(self._aborted, unfinished)
+        open_or_aborted = responses.begun - responses.completed
+        if open_or_aborted > self._aborted:  # it doesn't go back, whatever ends while it is looked at
+            being_answered = sum(in_flight(http.state.connections) for http in self._https)
+            self._aborted = max(self._aborted, open_or_aborted - being_answered)
         return msgspec.structs.replace(
             counts,
             responses=responses.by_class(),
