@@ -7,10 +7,12 @@ leaves cancels nothing: what it asked for goes on.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import socket
 import struct
+import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -23,7 +25,19 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_BODY_BYTES = 1024 * 1024
 READ_TIMEOUT_S = 30.0
 """How long a caller may take to send its next request whole."""
+WRITE_TIMEOUT_S = 30.0
+"""How long a caller may take to make room for more of its answer."""
+MAX_CONNECTIONS = 256
+"""On one socket at a time, callers that wait for an outcome included."""
+MAX_AGE_S = 3600.0
+"""An older connection is closed with its next answer."""
+MAX_FIELDS = 200
+"""Query parameters."""
+MAX_GROUPS = 1024
+"""Of a peer, that are looked at."""
 _READ_BYTES = 64 * 1024
+_SO_PEERGROUPS = 59
+"""unix(7); Python has no name for it."""
 
 JSON = "application/json"
 PROBLEM = "application/problem+json"
@@ -40,6 +54,8 @@ class Request(msgspec.Struct, frozen=True):
     peer_uid: int | None
     """User at the other end of a Unix socket (SO_PEERCRED, unix(7)); None over TCP."""
     peer_pid: int | None
+    peer_groups: frozenset[int] = frozenset()
+    """Groups of that user (SO_PEERGROUPS), its own included."""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -55,6 +71,12 @@ class Response(msgspec.Struct, frozen=True):
     def json(self) -> Any:
         """The body decoded; raises `msgspec.DecodeError` when it isn't JSON."""
         return msgspec.json.decode(self.body)
+
+
+class _Peer(msgspec.Struct, frozen=True):
+    pid: int | None = None
+    uid: int | None = None
+    groups: frozenset[int] = frozenset()
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -105,30 +127,48 @@ class Router:
 
 async def serve(sock: socket.socket, handler: Handler) -> asyncio.Server:
     """Answer requests on a bound, listening stream socket until the returned server is closed."""
+    served = 0
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            await _serve_connection(reader, writer, handler)
-        writer.close()
+        nonlocal served
+        served += 1
+        try:
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                if served > MAX_CONNECTIONS:
+                    refusal = problem(503, f"{MAX_CONNECTIONS} connections are open already")
+                    await _write(writer, _connection(), refusal, close=True)
+                else:
+                    await _serve_connection(reader, writer, handler)
+        finally:
+            served -= 1
+            writer.close()
 
     if sock.family == socket.AF_UNIX:
         return await asyncio.start_unix_server(connected, sock=sock)
     return await asyncio.start_server(connected, sock=sock)
 
 
+def _connection() -> h11.Connection:
+    return h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+
+
 async def _serve_connection(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler
 ) -> None:
-    peer_pid, peer_uid = _peer(writer)
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    peer = _peer(writer)
+    connection = _connection()
+    until = time.monotonic() + MAX_AGE_S
     while True:
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                request = await _read_request(reader, writer, connection, peer_uid, peer_pid)
+                request = await _read_request(reader, writer, connection, peer)
         except h11.RemoteProtocolError as error:
-            if connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-                hint = error.error_status_hint or 400
-                await _write(writer, connection, problem(hint, str(error)), close=True)
+            await _refuse(writer, connection, problem(error.error_status_hint or 400, str(error)))
+            return
+        except TimeoutError:
+            if connection.their_state is not h11.IDLE or connection.trailing_data[0]:
+                late = problem(408, f"the request did not come whole within {READ_TIMEOUT_S:g} s")
+                await _refuse(writer, connection, late)
             return
         if request is None:
             return
@@ -136,18 +176,32 @@ async def _serve_connection(
         if response.stream is not None:
             await _stream(reader, writer, connection, response, response.stream)
             return
-        await _write(writer, connection, response)
+        await _write(writer, connection, response, close=time.monotonic() >= until)
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
         connection.start_next_cycle()
+
+
+async def _refuse(writer: asyncio.StreamWriter, connection: h11.Connection, response: Response) -> None:
+    if connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+        await _write(writer, connection, response, close=True)
+
+
+async def _drain(writer: asyncio.StreamWriter) -> None:
+    """Raises `TimeoutError`, after which nothing more is sent to a caller that does not read."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await writer.drain()
+    except TimeoutError:
+        writer.transport.abort()
+        raise
 
 
 async def _read_request(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     connection: h11.Connection,
-    peer_uid: int | None,
-    peer_pid: int | None,
+    peer: _Peer,
 ) -> Request | None:
     head: h11.Request | None = None
     body = bytearray()
@@ -168,15 +222,20 @@ async def _read_request(
             break
         else:
             return None
-    target = urllib.parse.urlsplit(head.target.decode("ascii"))
+    try:
+        target = urllib.parse.urlsplit(head.target.decode("ascii"))
+        query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True, max_num_fields=MAX_FIELDS))
+    except ValueError as error:
+        raise h11.RemoteProtocolError(f"a target that can't be read: {error}") from error
     return Request(
         method=head.method.decode("ascii"),
         path=urllib.parse.unquote(target.path),
-        query=dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True)),
+        query=query,
         headers={name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers},
         body=bytes(body),
-        peer_uid=peer_uid,
-        peer_pid=peer_pid,
+        peer_uid=peer.uid,
+        peer_pid=peer.pid,
+        peer_groups=peer.groups,
     )
 
 
@@ -198,7 +257,7 @@ async def _write(
     writer.write(connection.send(head) or b"")
     writer.write(connection.send(h11.Data(data=response.body)) or b"")
     writer.write(connection.send(h11.EndOfMessage()) or b"")
-    await writer.drain()
+    await _drain(writer)
 
 
 async def _stream(
@@ -211,14 +270,14 @@ async def _stream(
     """Send what comes for as long as somebody is there to read it; the connection ends with it."""
     headers = [*response.headers, ("Content-Type", response.content_type), ("Connection", "close")]
     writer.write(connection.send(h11.Response(status_code=response.status, headers=headers)) or b"")
-    await writer.drain()
+    await _drain(writer)
 
     async def send() -> None:
         async for piece in pieces:
             writer.write(connection.send(h11.Data(data=piece)) or b"")
-            await writer.drain()
+            await _drain(writer)
         writer.write(connection.send(h11.EndOfMessage()) or b"")
-        await writer.drain()
+        await _drain(writer)
 
     sending = asyncio.ensure_future(send())
     gone = asyncio.ensure_future(reader.read())  # whatever else it sends is not waited for
@@ -232,14 +291,16 @@ async def _stream(
         await asyncio.gather(sending, gone, return_exceptions=True)
 
 
-def _peer(writer: asyncio.StreamWriter) -> tuple[int | None, int | None]:
+def _peer(writer: asyncio.StreamWriter) -> _Peer:
     sock = writer.get_extra_info("socket")
     if sock is None or sock.family != socket.AF_UNIX:
-        return None, None
-    pid, uid, _ = struct.unpack(
-        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    )
-    return pid, uid
+        return _Peer()
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, gid = struct.unpack("3i", credentials)
+    groups = array.array("I")
+    with contextlib.suppress(OSError):  # more than there is room for
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, MAX_GROUPS * groups.itemsize))
+    return _Peer(pid, uid, frozenset({gid, *groups}))
 
 
 async def call(

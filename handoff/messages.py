@@ -25,6 +25,9 @@ EPOCH_MEMBER = "epoch"
 LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets in which a worker counts how long responses took."""
 
+PAGE_HEADER = "x-segue-page"
+"""What the dashboard's own requests carry beside their ``Origin``: no page of another origin can, without asking first."""
+
 
 class FdName(enum.StrEnum):
     """Names in a worker's ``LISTEN_FDNAMES`` that aren't those of a public listener."""

@@ -10,13 +10,16 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 
+from segue.handoff.browser import foreign, from_the_page, misdirected
 from segue.handoff.http import Request, Response, Router, json_response, problem, serve
 from segue.handoff.messages import HOT
+from segue.supervisor import dashboard
 from segue.supervisor.master import Master
 from segue.supervisor.metrics import scrape
 from segue.supervisor.operations import Operation
 from segue.supervisor.ring import KEPT, read_number
 from segue.supervisor.status import status
+from segue.supervisor.watching import Watching
 
 MAX_WAIT_S = 24 * 3600.0
 MAX_WORKERS = 1024
@@ -26,7 +29,10 @@ EVENT_STREAM = "text/event-stream"
 _NOT_FOR_SERVICES = frozenset({"*", "wait", "until"})
 """Query parameters of a swap that are ours; the others are the service's."""
 DRAIN_MODES = ("reject", "queue")
-_OPEN_TO_ALL = frozenset({"/livez", "/readyz", "/metrics", f"{HOT}/status"})
+_SESSION = "/session"
+_OPEN_TO_ALL = frozenset(
+    {"/livez", "/readyz", "/metrics", f"{HOT}/status", f"{HOT}/watch", _SESSION, *dashboard.FILES}
+)
 _WAITING_FOR_START = "the first generation has not started yet"
 
 
@@ -37,6 +43,9 @@ class Control:
         self._master = master
         self._servers: list[asyncio.Server] = []
         self._followers = 0
+        self._admin_names: frozenset[str] = frozenset()
+        """Names beside its addresses under which ``--admin`` is asked."""
+        self._watching = Watching(self._look, master.events.changed)
         self._router = Router(
             {
                 ("GET", "/livez"): self._livez,
@@ -46,6 +55,7 @@ class Control:
                 ("GET", f"{HOT}/config"): self._config,
                 ("GET", f"{HOT}/operations/*"): self._operation,
                 ("GET", f"{HOT}/events"): self._events,
+                ("GET", f"{HOT}/watch"): self._watch,
                 ("GET", f"{HOT}/logs"): self._logs,
                 ("POST", f"{HOT}/reload"): self._reload,
                 ("POST", f"{HOT}/reload/*"): self._swap,
@@ -54,11 +64,15 @@ class Control:
                 ("POST", f"{HOT}/scale"): self._scale,
                 ("POST", f"{HOT}/stop"): self._stop,
                 ("POST", f"{HOT}/upgrade"): self._upgrade,
+                ("GET", _SESSION): self._session,
+                ("POST", _SESSION): self._sign_in,
+                ("DELETE", _SESSION): self._sign_out,
+                **{("GET", path): dashboard.page for path in dashboard.FILES},
             }
         )
 
     async def listen(self, inherited: int | None = None) -> int:
-        """Serve the control socket: mode 0600, and the peer's user is checked besides. Returns its descriptor.
+        """Serve the control socket: mode 0600 (0660 with a group), and the peer is checked besides. Returns its descriptor.
 
         `inherited` is that descriptor, if this process has opened it before it began anew.
         """
@@ -72,13 +86,14 @@ class Control:
                 os.unlink(path)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.bind(path)
-            os.chmod(path, 0o600)
+            self._master.instance.share(path, 0o600, 0o660)
         sock.setblocking(False)
         self._servers.append(await serve(sock, self._on_socket))
         return sock.fileno()
 
-    async def listen_admin(self, sock: socket.socket) -> None:
-        """Serve ``--admin`` on a bound TCP socket."""
+    async def listen_admin(self, sock: socket.socket, host: str) -> None:
+        """Serve ``--admin`` on a bound TCP socket; `host` is what its address was given as."""
+        self._admin_names = frozenset({host.lower()})
         sock.setblocking(False)
         self._servers.append(await serve(sock, self._on_admin))
 
@@ -88,15 +103,26 @@ class Control:
             server.close()
 
     async def _on_socket(self, request: Request) -> Response:
-        if request.peer_uid not in {os.geteuid(), 0}:
+        group = self._master.instance.group
+        if request.peer_uid not in {os.geteuid(), 0} and (group is None or group not in request.peer_groups):
+            allowed = f"user {os.geteuid()}" + ("" if group is None else f", a member of group {group},")
             return problem(
-                403, f"user {request.peer_uid} may not control this instance; be user {os.geteuid()} or root"
+                403, f"user {request.peer_uid} may not control this instance; be {allowed} or root"
             )
-        return await self._answer(request)
+        # with an Origin it may come from a browser, through a forwarded port: then its name is checked, too
+        refusal = foreign(request) or (misdirected(request, ()) if "origin" in request.headers else None)
+        return refusal or await self._answer(request)
 
     async def _on_admin(self, request: Request) -> Response:
-        if not (request.method in {"GET", "HEAD"} and request.path in _OPEN_TO_ALL):
-            refusal = _check_token(request, self._master.token)
+        refusal = foreign(request)
+        if refusal is None and request.peer_uid is None:
+            refusal = misdirected(request, self._admin_names)
+        if refusal is not None:
+            return refusal
+        signing = request.path == _SESSION  # asks for the token by itself
+        reading = request.method in {"GET", "HEAD"}
+        if not signing and not (reading and request.path in _OPEN_TO_ALL):
+            refusal = None if self._in_session(request) else _check_token(request, self._master.token)
             if refusal is not None:
                 return refusal
         return await self._answer(request)
@@ -133,6 +159,46 @@ class Control:
     async def _status(self, _: Request) -> Response:
         return json_response(await status(self._master))
 
+    async def _look(self) -> dict[str, object]:
+        return await status(self._master)
+
+    async def _watch(self, _: Request) -> Response:
+        """The status, and again with everything that happens."""
+        if self._followers >= MAX_FOLLOWERS:
+            return _too_many_followers()
+        headers = (("Cache-Control", "no-store"),)
+        return Response(200, b"", EVENT_STREAM, headers, self._follow(self._watching.stream()))
+
+    # ------------------------------------------------------------------------------------------------- sessions
+
+    def _in_session(self, request: Request) -> bool:
+        """A browser that has signed in; what it asks to be changed must come from the page itself."""
+        if not dashboard.in_session(request, self._master.token):
+            return False
+        return request.method in {"GET", "HEAD"} or from_the_page(request)
+
+    async def _session(self, request: Request) -> Response:
+        """What whoever looks at the page may do."""
+        session = request.peer_uid is None and dashboard.in_session(request, self._master.token)
+        document = {
+            "act": request.peer_uid is not None or session,
+            "token": self._master.token is not None,
+            "session": session,
+        }
+        return json_response(document, headers={"Cache-Control": "no-store"})
+
+    async def _sign_in(self, request: Request) -> Response:
+        refusal = _check_token(request, self._master.token)
+        if refusal is not None:
+            return refusal
+        assert self._master.token is not None
+        return json_response(
+            {"act": True}, headers={"Set-Cookie": dashboard.begin_session(self._master.token)}
+        )
+
+    async def _sign_out(self, _: Request) -> Response:
+        return json_response({"act": False}, headers={"Set-Cookie": dashboard.end_session()})
+
     async def _config(self, _: Request) -> Response:
         taken = self._master.snapshots.get(self._master.state.current or 0)
         if taken is None:
@@ -165,7 +231,7 @@ class Control:
             kept = events.after(number)[-int(count) :] if int(count) else []
             return Response(200, b'{"events":[' + b",".join(line for _, line in kept) + b"]}\n")
         if self._followers >= MAX_FOLLOWERS:
-            return problem(503, f"{MAX_FOLLOWERS} callers follow the events already", {"Retry-After": "10"})
+            return _too_many_followers()
         headers = (("Cache-Control", "no-store"),)
         return Response(200, b"", EVENT_STREAM, headers, self._follow(events.stream(number, int(count))))
 
@@ -266,6 +332,10 @@ class Control:
                 operation.code, operation.reason, location, **operation.details, operation=document
             )
         return json_response(document, 200, location)
+
+
+def _too_many_followers() -> Response:
+    return problem(503, f"{MAX_FOLLOWERS} callers follow already", {"Retry-After": "10"})
 
 
 def _who(request: Request) -> str:

@@ -48,8 +48,10 @@ class Owner(msgspec.Struct, frozen=True):
 class Instance:
     """The directory of one instance: ``RUNTIME_DIR/NAME``, mode 0700, its sockets and its lock."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, group: int | None = None) -> None:
         self.directory = directory
+        self.group = group
+        """Whose members may control it, beside its user and root."""
         self._lock: int | None = None
 
     @property
@@ -120,15 +122,24 @@ class Instance:
         try:
             if not os.path.isdir(parent):
                 os.makedirs(parent, mode=0o700)
+                self.share(parent, 0o700, 0o750)
             check_private(parent)
             if not os.path.isdir(self.directory):
                 os.mkdir(self.directory, 0o700)
             check_private(self.directory)
+            if self.group is not None:
+                self.share(self.directory, 0o700, 0o750)
         except OSError as error:
             raise InstanceError(
                 f"cannot use the runtime directory {self.directory}: {error.strerror}: {error.filename}; "
                 "choose another with --runtime-dir"
             ) from error
+
+    def share(self, path: str, mode: int, shared: int) -> None:
+        """Give `path` the mode `mode`, or `shared` for the members of the group, if there is one."""
+        if self.group is not None:
+            os.chown(path, -1, self.group)
+        os.chmod(path, mode if self.group is None else shared)
 
     def lock(self, binds: list[str], inherited: int | None = None) -> None:
         """Become the master of this instance, for as long as this process lives (flock(2)).
@@ -161,6 +172,7 @@ class Instance:
                 "use 'segue reload' to renew it, 'segue stop' to end it, or another --name"
             ) from None
         self._lock = fd
+        self.share(path, 0o600, 0o640)  # who may control it must see who is master
         self._sign(binds)
 
     def _sign(self, binds: list[str]) -> None:

@@ -44,6 +44,7 @@ from segue.supervisor.operations import Operation, Operations
 from segue.supervisor.ring import Ring
 from segue.supervisor.snapshot import Snapshot
 from segue.supervisor.systemd import ServiceManager
+from segue.supervisor.timeline import Timeline
 from segue.supervisor.totals import Totals
 from segue.supervisor.workers import Workers
 
@@ -135,6 +136,7 @@ class Master:
         """It ends so that another one takes over: what there is stays."""
         self._journal = Journal(self.instance.journal)
         self._journal_error = ""
+        self.timeline = Timeline()
         self._writer = memory.Writer(memory.Instance(mastership.identity, mastership.epoch))
         self.workers = Workers(mastership, environ, self.log, self.put, self._start_task, self._depose)
         listeners = self._listening.restore(mastership.found.listeners)
@@ -313,6 +315,7 @@ class Master:
         self.state, effects = lifecycle.step(self.state, event, time.monotonic())
         if isinstance(event, model.WorkerExited):
             self.totals.worker_ended((event.generation, event.worker))
+        self.timeline.note(self.state)
         self._record()  # before anybody is told: what an effect begins must be known if it is cut short
         if isinstance(event, model.HandingOver) and not event.error:
             self._handed_over(event.generation)

@@ -64,6 +64,10 @@ class Ring:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def changed(self) -> asyncio.Event:
+        """Set with the next one."""
+        return self._changed
+
     def close(self) -> None:
         """Let everybody who follows have the rest, and end."""
         self._closed = True

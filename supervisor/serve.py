@@ -54,7 +54,7 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     settings = effective.settings
     log.set_format(settings.log_format)
     parent = os.path.abspath(settings.runtime_dir or default_runtime_dir(environ))
-    instance = Instance(os.path.join(parent, settings.name))
+    instance = Instance(os.path.join(parent, settings.name), _group(settings.control_group))
     if trial:
         return Status.OK
     try:
@@ -67,6 +67,18 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     raise_limit()  # connections in flight in the relay count against it, too
     os.chdir("/")  # paths were made absolute; no directory is kept from being unmounted or replaced
     return _run_to_end(loop, _run(mastership, flags, environ, base_dir, effective, refusal, log))
+
+
+def _group(name: str | None) -> int | None:
+    """The number of the group whose members may control the instance."""
+    if name is None or name.isdecimal():
+        return None if name is None else int(name)
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise StartError(f"control-group: there is no group {name!r} on this machine", Status.USAGE) from None
 
 
 def _known_settings(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> config.Effective | None:
@@ -113,7 +125,7 @@ async def _run(
     if settings.admin is not None:
         try:
             for listener in open_listeners(settings.admin, 64):
-                await control.listen_admin(listener.sock)
+                await control.listen_admin(listener.sock, settings.admin.rpartition(":")[0].strip("[]"))
         except BindError as error:
             control.close()
             raise StartError(f"admin: {error}", Status.USAGE) from error

@@ -360,6 +360,13 @@ TABLE: tuple[Setting, ...] = (
         metavar="HOST:PORT",
         restart=True,
     ),
+    _text(
+        "control-group",
+        _HEALTH,
+        "Let the members of this group control the instance, beside its user and root.",
+        metavar="GROUP",
+        restart=True,
+    ),
     _file(
         "token-file", _HEALTH, "The bearer token that lets commands in over --admin and the public listeners."
     ),

@@ -75,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str
     access_log_format: str
     admin: str | None
+    control_group: str | None
     """Written as a bind."""
     token_file: str | None
     stop_delay: float
@@ -165,6 +166,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
         log_format=values["log-format"],
         access_log_format=values["access-log-format"],
         admin=checks.settle_admin(given, binds, base_dir),
+        control_group=values["control-group"],
         token_file=values["token-file"],
         stop_delay=values["stop-delay"],
         strategy=values["strategy"],

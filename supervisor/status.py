@@ -62,6 +62,7 @@ async def status(master: Master) -> dict[str, Any]:
             "descriptors": process.num_fds(),
         },
         "reloads": [_reload(o.document()) for o in master.operations.last("reload", _RELOADS_SHOWN)],
+        "timeline": master.timeline.document(),
         "listeners": listeners(master),
     }
 

@@ -45,6 +45,7 @@ _SWAP_PATHS = {
 
 _FAILED_KEPT = 16
 """Of so many workers that did not start it is kept what they printed."""
+_MOST_S = 366 * 86400.0
 _DEATH_FOLLOWS_S = 0.5
 """How long after a broken call its process is given to be seen to have ended."""
 
@@ -323,8 +324,7 @@ class Workers:
             self._put(model.WorkerPhased(*key, phase))
         if NotifyKey.READY in fields and not child.is_ready:
             child.is_ready = True
-            handover = fields.get(NotifyKey.HANDOVER)
-            ready = model.WorkerReady(*key, None if handover is None else float(handover))
+            ready = model.WorkerReady(*key, _seconds(fields.get(NotifyKey.HANDOVER)))
             if child.gated and child.taken is not None:
                 self._start_task(self._ready_if_same(key, child.taken, ready))
             else:
@@ -333,6 +333,15 @@ class Workers:
             self._put(model.WorkerAsks(*key, why))
         drained = fields.get(NotifyKey.STATE) == WorkerMode.DRAINED
         self._put(model.WorkerDrained(*key) if drained else model.WorkerBeat(*key))
+
+
+def _seconds(text: str | None) -> float | None:
+    """What a worker has said; nonsense is as good as nothing."""
+    try:
+        value = -1.0 if text is None else float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < _MOST_S else None
 
 
 def _target(effect: model.Command, listeners: Iterable[str], siblings: int) -> str:

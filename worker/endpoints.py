@@ -6,6 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from segue.handoff.browser import foreign
 from segue.handoff.http import Handler, Request, Response, Router, json_response, problem
 from segue.handoff.messages import EPOCH_HEADER, HOT, WorkerMode, WorkerStatus
 from segue.worker.adoption import Adoption
@@ -167,7 +168,7 @@ def handler(worker: Commands) -> Handler:
     async def answer(request: Request) -> Response:
         if request.peer_uid not in allowed:
             return problem(403, f"user {request.peer_uid} may not command a worker of user {os.geteuid()}")
-        return await router(request)
+        return foreign(request) or await router(request)
 
     return answer
 

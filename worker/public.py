@@ -50,7 +50,7 @@ def wrap(
             status = {"status": "ok"} if reason is None else {"status": "unavailable", "reason": reason}
             await answer(send, json_response(status, 200 if reason is None else 503))
         else:
-            refusal = await drained_body(receive) or unauthorized(scope, digest)
+            refusal = await drained_body(receive) or from_a_page(scope) or unauthorized(scope, digest)
             inner = path[len(root_path) :]
             await answer(send, refusal or await pass_on(scope, inner, master_socket))
 
@@ -76,6 +76,13 @@ async def drained_body(receive: Receive) -> Response | None:
         more = message.get("more_body", False)
         if size > _MAX_BODY_BYTES:
             return problem(413, f"a body over {_MAX_BODY_BYTES} bytes")
+    return None
+
+
+def from_a_page(scope: Any) -> Response | None:
+    """A refusal of what a page has made a browser send: the dashboard isn't served here."""
+    if any(name == b"origin" for name, _ in scope["headers"]):
+        return problem(403, "requests of web pages are refused here (they have an Origin)")
     return None
 
 
