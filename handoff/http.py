@@ -22,6 +22,8 @@ import h11
 import msgspec
 
 MAX_HEAD_BYTES = 32 * 1024
+"""Of a request's target and headers together."""
+MAX_HEADERS = 200
 MAX_BODY_BYTES = 1024 * 1024
 READ_TIMEOUT_S = 30.0
 """How long a caller may take to send its next request whole."""
@@ -33,8 +35,8 @@ MAX_AGE_S = 3600.0
 """An older connection is closed with its next answer."""
 MAX_FIELDS = 200
 """Query parameters."""
-MAX_GROUPS = 1024
-"""Of a peer, that are looked at."""
+MAX_GROUPS = 256
+"""Of a peer, that can be looked at: Python's getsockopt has room for so many."""
 _READ_BYTES = 64 * 1024
 _SO_PEERGROUPS = 59
 """unix(7); Python has no name for it."""
@@ -213,6 +215,14 @@ async def _read_request(
                 writer.write(go_on or b"")
             connection.receive_data(await reader.read(_READ_BYTES))
         elif isinstance(event, h11.Request):
+            # h11 limits what has not come whole, and a large head may come in one piece
+            if len(event.headers) > MAX_HEADERS:
+                raise h11.RemoteProtocolError(f"over {MAX_HEADERS} headers", error_status_hint=431)
+            if (
+                len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
+                > MAX_HEAD_BYTES
+            ):
+                raise h11.RemoteProtocolError(f"a head over {MAX_HEAD_BYTES} bytes", error_status_hint=431)
             head = event
         elif isinstance(event, h11.Data):
             body += event.data

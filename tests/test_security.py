@@ -1,0 +1,416 @@
+"""Who may do what, and what strangers and nonsense get: docs/security.md, promise by promise."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import grp
+import http.client
+import json
+import os
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenario import HOT, ROOT, Segue, environment, made_directory, segue, supervised
+
+from segue.handoff import adoption, http as control_http, relay
+from segue.handoff.browser import misdirected
+from segue.handoff.http import Request
+from segue.handoff.notify import NotifySocket
+
+TOKEN = "a-token-of-many-letters-0123456789"
+RELOAD = f"{HOT}/reload"
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    path.chmod(0o600)
+    return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def call(address: str | int, method: str, target: str, **headers: str) -> tuple[int, Any]:
+    """A request to a Unix socket or a port, with exactly these headers beside its Host."""
+    connection = http.client.HTTPConnection("127.0.0.1", 0, timeout=60)
+    connection.sock = dial(address)
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    fields.setdefault("Host", "127.0.0.1" if isinstance(address, str) else f"127.0.0.1:{address}")
+    try:
+        connection.putrequest(method, target, skip_host=True)
+        for name, value in fields.items():
+            connection.putheader(name, value)
+        connection.putheader("Content-Length", "0")
+        connection.endheaders()
+        with connection.getresponse() as response:
+            body = response.read()
+        return response.status, json.loads(body) if body.startswith((b"{", b"[")) else body
+    finally:
+        connection.close()
+
+
+def dial(address: str | int) -> socket.socket:
+    if isinstance(address, int):
+        return socket.create_connection(("127.0.0.1", address), timeout=60)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(address)
+    sock.settimeout(60)
+    return sock
+
+
+# ------------------------------------------------------------------------------------------------------ pages of others
+
+
+def test_a_request_with_an_origin_is_refused_on_every_listener(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
+        bearer = f"Bearer {TOKEN}"
+        worker = master.current()["workers"][0]["control"]
+        for address in (master.control, worker, port, master.port):
+            for origin in ("http://evil.example", "null", "http://127.0.0.1", f"http://127.0.0.1:{port}"):
+                code, document = call(address, "POST", RELOAD, Origin=origin, Authorization=bearer)
+                assert code == 403, (address, origin)
+                assert "Origin" in document["detail"]
+                assert call(address, "GET", f"{HOT}/status", Origin=origin, Authorization=bearer)[0] == 403
+        assert master.status()["current"] == 1
+        assert call(port, "POST", RELOAD, Authorization=bearer)[0] == 200
+        master.stop()
+
+
+def test_admin_answers_under_its_own_names_only(application) -> None:
+    port = free_port()
+    with supervised("shop:app", "--admin", f"127.0.0.1:{port}", cwd=application("1")) as master:
+        for host in (
+            "evil.example",
+            f"evil.example:{port}",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+        ):
+            code, document = call(port, "GET", f"{HOT}/status", Host=host)
+            assert code == 421, host
+            assert host in document["detail"]
+        for host in (
+            "localhost",
+            f"LOCALHOST:{port}",
+            "127.0.0.1",
+            f"[::1]:{port}",
+            "segue.localhost",
+            "10.1.2.3",
+        ):
+            assert call(port, "GET", f"{HOT}/status", Host=host)[0] == 200, host
+        master.stop()
+
+
+@given(st.text(max_size=60))
+def test_no_host_is_too_odd_to_be_judged(host: str) -> None:
+    request = Request("GET", "/", {}, {"host": host}, b"", None, None)
+    refusal = misdirected(request, {"admin.example"})
+    assert refusal is None or refusal.status == 421
+
+
+# ---------------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 8_000, 431),
+        (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1100000\r\n\r\n" + b"a" * 1_100_000, 413),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"100001\r\n" + b"a" * 0x100001, 413),
+        (b"GET //[ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /?" + b"a&" * 300 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /?" + b"a=1&" * 300 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 10 + b"\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+    ],
+    ids=["long header", "many headers", "long target", "long body", "chunked body", "bad target", "empty fields",
+         "many fields", "TLS", "no host"],
+)  # fmt: skip
+def test_what_is_too_much_or_no_request_gets_a_problem_document(
+    running: Segue, sent: bytes, code: int
+) -> None:
+    worker = running.current()["workers"][0]["control"]
+    for address in (running.control, worker):
+        with dial(address) as sock:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(sent)  # it may be refused before it has come whole
+            with contextlib.closing(http.client.HTTPResponse(sock)) as answer:
+                answer.begin()
+                assert answer.status == code, address
+                assert answer.getheader("content-type") == "application/problem+json"
+                assert json.loads(answer.read())["status"] == code
+    assert running.status()["ready"]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segue]:
+    """One instance for all that must not harm it."""
+    mark = "TEST_MARK_OF_SEGUE"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(mark, "security")
+        directory = tmp_path_factory.mktemp("code")
+        (directory / "app.py").write_text(
+            "async def app(scope, receive, send):\n"
+            "    await send({'type': 'http.response.start', 'status': 200, 'headers': []})\n"
+            "    await send({'type': 'http.response.body', 'body': b'1'})\n"
+        )
+        with supervised("app:app", "--lifespan", "off", cwd=directory) as master:
+            yield master
+            master.stop()
+
+
+def test_more_connections_than_the_limit_are_refused_and_others_go_on(running: Segue) -> None:
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(dial(running.control))
+        for _ in range(control_http.MAX_CONNECTIONS - 1):
+            stack.enter_context(dial(running.control))
+        code, document = eventually_refused(running.control)
+        assert (code, document["status"]) == (503, 503)
+        assert str(control_http.MAX_CONNECTIONS) in document["detail"]
+        first.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert first.recv(100).startswith(b"HTTP/1.1 200")
+    assert running.wait_status(lambda document: document["ready"])
+
+
+def eventually_refused(address: str) -> tuple[int, Any]:
+    """The master takes connections one after the other: the last of them may not have come yet."""
+    for _ in range(1000):
+        code, document = call(address, "GET", "/livez")
+        if code != 200:
+            return code, document
+    raise AssertionError("no connection was refused")
+
+
+def test_a_request_that_does_not_come_whole_is_given_up(tmp_path: Path) -> None:
+    """With the limit cut short: the server in this process, on a socket of its own."""
+
+    async def scenario() -> tuple[bytes, bytes]:
+        sock = socket.socket(socket.AF_UNIX)
+        path = os.path.join(made_directory("segue-s-"), "s")
+        sock.bind(path)
+        sock.listen()
+        sock.setblocking(False)
+
+        async def handler(_: Request) -> control_http.Response:
+            return control_http.json_response({})
+
+        server = await control_http.serve(sock, handler)
+        answers = []
+        for sent in (b"GET / HTTP/1.1\r\nHos", b""):
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(sent)
+            answers.append(await reader.read())
+            writer.close()
+        server.close()
+        return answers[0], answers[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(control_http, "READ_TIMEOUT_S", 0.2)
+        slow, silent = asyncio.run(scenario())
+    assert slow.startswith(b"HTTP/1.1 408")
+    assert silent == b""
+
+
+# ------------------------------------------------------------------------------------------------------------- who may
+
+
+def test_a_group_that_is_allowed_controls_the_instance_and_another_does_not(application) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    allowed, other = 60_001, 60_002
+    runtime = os.path.join(made_directory("segue-g-"), "run")
+    os.chmod(os.path.dirname(runtime), 0o755)
+    with supervised(
+        "shop:app", "--control-group", str(allowed), cwd=application("1"), runtime_dir=runtime
+    ) as master:
+        assert stat.S_IMODE(os.stat(master.control).st_mode) == 0o660
+        assert os.stat(master.control).st_gid == allowed
+        assert stat.S_IMODE(os.stat(master.directory).st_mode) == 0o750
+        for name in os.listdir(master.directory):
+            if name not in {"control.sock", "master.lock"}:
+                mode = os.stat(os.path.join(master.directory, name)).st_mode
+                assert stat.S_IMODE(mode) == 0o600, name
+        member = status_as(master, gid=other, groups=[allowed])
+        assert member.returncode == 0, member.stderr
+        assert json.loads(member.stdout)["current"] == 1
+        stranger = status_as(master, gid=other, groups=[])
+        assert stranger.returncode == 5
+        assert "permission denied" in stranger.stderr
+        master.stop()
+
+
+def status_as(master: Segue, gid: int, groups: list[int]) -> subprocess.CompletedProcess[str]:
+    """`curl` as a stranger of these groups; the command itself needs an interpreter that the stranger can read."""
+    done = subprocess.run(
+        ["curl", "-sS", "--fail-with-body", "--unix-socket", master.control, f"http://localhost{HOT}/status"],
+        user=60_003,
+        group=gid,
+        extra_groups=groups,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd="/",
+        check=False,
+    )
+    if done.returncode == 7:
+        done.returncode, done.stderr = 5, "permission denied"
+    return done
+
+
+def test_a_group_that_does_not_exist_is_named(application) -> None:
+    done = segue("serve", "shop:app", "--control-group", "nobody-has-this", cwd=application("1"))
+    assert done.returncode == 2
+    assert "control-group" in done.stderr
+    assert "nobody-has-this" in done.stderr
+    assert "nobody-has-this" not in {each.gr_name for each in grp.getgrall()}
+
+
+def test_a_runtime_directory_of_somebody_else_is_refused(application) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    directory = made_directory("segue-o-")
+    os.chown(directory, 60_003, -1)
+    done = segue("serve", "shop:app", "--runtime-dir", directory, cwd=application("1"))
+    assert done.returncode == 5
+    assert "60003" in done.stderr
+
+
+def test_the_token_is_nowhere_but_in_its_file(application, token_file) -> None:
+    with supervised("shop:app", "--token-file", str(token_file), cwd=application("1")) as master:
+        call(master.port, "POST", RELOAD, Authorization=f"Bearer {TOKEN}x")
+        call(master.port, "POST", RELOAD, Authorization=f"Bearer {TOKEN}")
+        seen = [json.dumps(master.status()), master.command("config", "--running").stdout, master.output.text]
+        pids = [master.process.pid, *master.worker_pids()]
+        for pid in pids:
+            seen.append(Path(f"/proc/{pid}/cmdline").read_text())
+            seen.append(Path(f"/proc/{pid}/environ").read_text())
+        seen.append(Path(master.directory, "journal").read_text())
+        assert not [text for text in seen if TOKEN in text]
+        master.stop()
+
+
+# ------------------------------------------------------------------------------- what processes say to each other
+
+junk = st.one_of(
+    st.binary(max_size=300),
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=12), inner, max_size=6)
+        ),
+        max_leaves=12,
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=5))
+def test_no_datagram_is_too_odd_for_the_master(messages: list[bytes]) -> None:
+    path = os.path.join(made_directory("segue-f-"), "n")
+    receiver = NotifySocket(path)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            for message in messages:
+                sender.sendto(message, path)
+            for notification in receiver.receive():
+                assert notification.pid == os.getpid()
+                assert all("=" not in key for key in notification.fields)
+    finally:
+        receiver.close()
+
+
+@settings(max_examples=300, deadline=None)
+@given(junk, st.integers(0, 3))
+def test_no_message_in_the_relay_is_too_odd_and_none_leaks_a_descriptor(data: bytes, count: int) -> None:
+    read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        fds = array.array("i", [read.fileno()] * count)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if count else []
+        write.sendmsg([data], rights)
+        relay.needed_room(read, 10)
+        with contextlib.suppress(relay.MalformedParcelError, relay.RelayClosedError):
+            parcel = relay.receive(read)
+            assert parcel is not None
+            relay.close_all(parcel.fds)
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        read.close()
+        write.close()
+
+
+@settings(max_examples=300, deadline=None)
+@given(junk, st.integers(0, 3), st.booleans())
+def test_no_message_about_adoption_is_too_odd_and_none_leaks_a_descriptor(
+    data: bytes, count: int, offer: bool
+) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        fds = array.array("i", [here.fileno()] * count)
+        there.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if count else [])
+        receive = adoption.receive_offer if offer else adoption.receive_acceptance
+        with contextlib.suppress(adoption.MalformedError, OSError):
+            received = receive(here)
+            if received is not None:
+                adoption.close_all(received[1])
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        here.close()
+        there.close()
+
+
+def test_nonsense_from_a_living_worker_harms_nothing(application) -> None:
+    """What it could send if it were taken over: the master reads on, and the others serve."""
+    code = """
+    import os, socket, threading
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            path = os.path.join(os.environ["NONSENSE"], "notify.sock")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                for text in (b"READY=1\\nX_SEGUE_HANDOVER=nan", b"X_SEGUE_STATE=" + b"x" * 5000, b"\\xff\\xfe=1",
+                             b"X_SEGUE_HANDOVER=1e999\\nREADY=1", b"X_SEGUE_PHASE=\\x1b[31m", b"=", b"WATCHDOG"):
+                    sock.sendto(text, path)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"sent"})
+    """
+    runtime = made_directory("segue-x-")
+    with supervised(
+        "shop:app", "--lifespan", "off", cwd=application(code=code), runtime_dir=runtime,
+        env={"NONSENSE": os.path.join(runtime, "default")},
+    ) as master:  # fmt: skip
+        assert call(master.port, "GET", "/")[1] == b"sent"
+        master.reload()
+        assert "Traceback" not in master.output.text
+        master.stop()
+
+
+def test_the_page_on_security_names_every_socket() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    for name in (
+        "control.sock",
+        "notify.sock",
+        ".adopt",
+        "--admin",
+        "--token-file",
+        "--control-group",
+        "journal",
+    ):
+        assert name in text, name
