@@ -12,13 +12,13 @@ import ipaddress
 from collections.abc import Collection
 
 from segue.handoff.http import Request, Response, problem
-from segue.handoff.messages import PAGE_HEADER
+from segue.handoff.messages import HOT, PAGE_HEADER
 
 
 def foreign(request: Request) -> Response | None:
-    """A refusal of what another page has made a browser send; None for all else."""
+    """A refusal of what another page has made a browser ask of the hot endpoints; None for all else."""
     origin = request.headers.get("origin")
-    if origin is None or from_the_page(request):
+    if origin is None or not request.path.startswith(HOT) or from_the_page(request):
         return None
     return problem(403, f"requests of web pages are refused here (Origin: {origin[:200]})")
 
