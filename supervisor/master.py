@@ -148,6 +148,7 @@ class Master:
             time.monotonic(),
         )
         self.state, self._adopted = adopted.state, adopted
+        self.timeline.restore(mastership.known.timeline, self.state)
         self.operations.restore(mastership.known.operations, mastership.known.numbers.operation)
         for worker in mastership.found.workers:
             self.workers.adopt(worker, self.snapshots.get(worker.key[0]))
@@ -336,7 +337,7 @@ class Master:
             self.totals.written,
             self.codes,
         )
-        error = self._journal.write(values)
+        error = self._journal.write(values | {"timeline": self.timeline.spans()})
         if error and error != self._journal_error:
             self.log("error", "journal-not-written", reason=error)
         self._journal_error = error
@@ -726,6 +727,7 @@ class Master:
         self._close_unused()
 
     def _release(self, generation: int, failed: bool) -> None:
+        self.timeline.ended(generation, failed)
         for by_generation in (self.snapshots, self.codes, self.changes):
             by_generation.pop(generation, None)
         self._close_unused()

@@ -23,18 +23,28 @@ class Span(msgspec.Struct, frozen=True):
 class Timeline:
     """The states of the last generations."""
 
-    def __init__(self, known: dict[int, list[Span]] | None = None) -> None:
-        """`known`: what an earlier master has seen."""
-        self._spans: dict[int, list[Span]] = dict(known or {})
+    def __init__(self) -> None:
+        self._spans: dict[int, list[Span]] = {}
+
+    def restore(self, known: dict[int, list[Span]], state: State) -> None:
+        """Go on with what an earlier master has seen. What is no longer there has ended in between."""
+        self._spans = {number: list(spans) for number, spans in known.items()}
+        self.note(state)
+        for number in self._spans.keys() - state.generations.keys():
+            self._add(number, "retired")
 
     def note(self, state: State) -> None:
         """Look at what has become of each generation."""
         for number, generation in state.generations.items():
             self._add(number, str(generation.state))
-        for number in self._spans.keys() - state.generations.keys():
-            self._add(number, "retired")
         while len(self._spans) > KEPT:
             del self._spans[min(self._spans)]
+
+    def ended(self, number: int, failed: bool) -> None:
+        """Nothing of it is left."""
+        if failed:  # it may have begun and ended in one step
+            self._add(number, "failed")
+        self._add(number, "retired")
 
     def _add(self, number: int, state: str) -> None:
         spans = self._spans.setdefault(number, [])

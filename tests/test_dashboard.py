@@ -78,10 +78,13 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, t
         outcome = press(page, "[data-action=reload]")
         assert "refused" in outcome
         assert "redis_that_is_not_there" in outcome
-        page.wait("document.querySelector('#reloads details pre')?.textContent.includes('ModuleNotFoundError')")
-        page.wait("document.querySelector('#timeline rect[data-state=failed]')")
+        page.wait(
+            "document.querySelector('#reloads details pre')?.textContent.includes('ModuleNotFoundError')"
+        )
+        page.wait("document.querySelector('#timeline rect[data-state=failed]') !== null")
         page.wait("document.querySelector('#events')?.textContent.includes('promoted')")
 
+        application("1")
         assert "done" in press(page, "[data-action=scale][data-delta='1']")
         assert len(master.worker_pids()) == 3
         assert "done" in press(page, "[data-action=drain][data-mode=reject]")
@@ -90,7 +93,7 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, t
         assert "done" in press(page, "[data-action=undrain]")
         page.wait("document.getElementById('readiness').textContent === 'ready'")
         if os.environ.get("SEGUE_SCREENSHOT"):
-            page.run("document.querySelector('#reloads details').open = true")
+            page.run("document.querySelectorAll('#outcomes pre').forEach(element => element.remove())")
             page.screenshot(ROOT / "docs" / "dashboard.png")
         # a phone
         page.open(origin, width=360, height=800)
@@ -113,6 +116,7 @@ def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_ma
         sign_in(page)
         press(page, "[data-action=reload]")
         page.wait("document.querySelector('#generations tbody tr').cells[1].innerText === 'active'")
+        master.wait_status(lambda document: [each["id"] for each in document["generations"]] == [2])
         before = timeline(master)
         page.run("window.stillHere = true")
         done = master.command("upgrade")
@@ -120,7 +124,9 @@ def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_ma
         epoch = master.status()["master"]["epoch"]
         assert epoch == 2
         page.wait("document.getElementById('summary').textContent.includes('up 0 s') || window.stillHere")
-        page.wait(f"fetch('{HOT[1:]}/status').then(answer => answer.json()).then(status => status.master.epoch === 2)")
+        page.wait(
+            f"fetch('{HOT[1:]}/status').then(answer => answer.json()).then(status => status.master.epoch === 2)"
+        )
         live(page)
         assert page.run("window.stillHere")
         assert timeline(master)[: len(before)] == before
@@ -168,7 +174,10 @@ def test_the_same_page_stands_on_the_control_socket(application) -> None:
 
 def test_without_a_token_file_it_is_read_only(application) -> None:
     port = free_port()
-    with supervised("shop:app", "--admin", f"127.0.0.1:{port}", cwd=application("1")) as master, browser() as page:
+    with (
+        supervised("shop:app", "--admin", f"127.0.0.1:{port}", cwd=application("1")) as master,
+        browser() as page,
+    ):
         page.open(f"http://127.0.0.1:{port}/")
         live(page)
         page.wait("document.getElementById('steer-note').textContent.includes('--token-file')")

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario import HOT, ROOT, Segue, environment, made_directory, segue, supervised
 
-from segue.handoff import adoption, http as control_http, relay
+from segue.handoff import adoption, relay
+from segue.handoff import http as control_http
 from segue.handoff.browser import misdirected
 from segue.handoff.http import Request
 from segue.handoff.notify import NotifySocket

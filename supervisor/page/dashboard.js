@@ -7,7 +7,7 @@ const EVENTS_KEPT = 300;
 const RATE_OVER_MS = 10_000;
 const RETRY_MS = 1_000;
 const TIMELINE = { row: 22, left: 54, right: 8, top: 6, axis: 20 };
-const STATES = ["booting", "staged", "active", "draining", "parked", "failed"];
+const DRAWN = { booting: "booting", staged: "staged", activating: "staged", active: "active", draining: "draining", parked: "parked", failed: "failed" };
 
 const $ = (id) => document.getElementById(id);
 let may = { act: false, token: false };
@@ -129,7 +129,7 @@ function tone(element, text, kind) {
   element.dataset.tone = kind;
 }
 
-const stateOf = (state, text = state) => ({ sign: [state, text], nodes: () => [make("span", { "data-state": state }, text)] });
+const stateOf = (state, text = state) => ({ sign: [state, text], nodes: () => [make("span", { "data-state": DRAWN[state] }, text)] });
 
 function showGenerations(status) {
   const rows = [...status.generations].reverse().map((generation) => {
@@ -281,11 +281,12 @@ function showTimeline(status) {
     const y = TIMELINE.top + index * TIMELINE.row;
     parts.push(shape("text", { x: 0, y: y + TIMELINE.row / 2 }, `gen ${generation.id}`));
     generation.states.forEach((state, i) => {
-      if (!STATES.includes(state.state)) return;
+      const drawn = DRAWN[state.state];
+      if (!drawn) return;
       const from = x(state.since);
       const to = x(generation.states[i + 1]?.since ?? now);
       const words = `generation ${generation.id}: ${state.state} at ${clock(state.since)} for ${seconds((generation.states[i + 1]?.since ?? now) - state.since)}`;
-      const rect = shape("rect", { "data-state": state.state, x: from, y: y + 4, width: Math.max(2, to - from), height: TIMELINE.row - 8 });
+      const rect = shape("rect", { "data-state": drawn, x: from, y: y + 4, width: Math.max(2, to - from), height: TIMELINE.row - 8 });
       rect.append(shape("title", {}, words));
       parts.push(rect);
     });
