@@ -138,6 +138,7 @@ function showGenerations(status) {
       generation.current ? "current" : "",
       generation.probation ? `on probation for ${seconds(Math.max(0, generation.probation.until - Date.now() / 1000))} more` : "",
       generation.workers_missing ? `${generation.workers_missing} held back: the code on disk has changed` : "",
+      generation.changes?.summary,
       generation.reason,
     ].filter(Boolean);
     return {
@@ -157,11 +158,9 @@ function showGenerations(status) {
 }
 
 function codeOf(generation) {
-  const code = generation.code;
-  const short = generation.fingerprint ?? "";
-  if (!code) return [short, generation.app_dir ?? ""];
-  const git = code.commit ? `${code.commit.slice(0, 10)}${code.dirty ? " + changes" : ""}` : short;
-  return [git, generation.app_dir ?? "", code.python ? `Python ${code.python}` : ""].filter(Boolean);
+  const { code, changes } = generation;
+  const words = [code?.title ?? generation.fingerprint ?? "", generation.app_dir ?? "", code?.python ? `Python ${code.python}` : ""];
+  return [...words, changes ? `changed: ${changes.summary}` : ""].filter(Boolean);
 }
 
 function showWorkers(status) {
