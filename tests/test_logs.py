@@ -35,7 +35,7 @@ async def app(scope, receive, send):
     if scope["path"] == "/raise":
         raise RuntimeError("as asked")
     if scope["path"] == "/warn":
-        log.warning("only %d left", 3, extra={{"item": "tea"}})
+        log.warning("only %d left", 3, extra={{"item": "tea", "worker": "bee"}})
     await send({{"type": "http.response.start", "status": 200, "headers": []}})
     if scope["path"] == "/stream":
         await send({{"type": "http.response.body", "body": b"first", "more_body": True}})
@@ -77,7 +77,7 @@ def test_elsewhere_than_on_a_terminal_every_line_is_json_with_where_it_comes_fro
     ]
     warned = next(line for line in found if line["logger"] == "shop.orders")
     assert (warned["message"], warned["level"], warned["item"]) == ("only 3 left", "warning", "tea")
-    assert (warned["generation"], warned["worker"]) == (1, 1)
+    assert (warned["generation"], warned["worker"], warned["extra_worker"]) == (1, 1, "bee")
     raised = next(line for line in found if "exception" in line)
     assert raised["exception"].splitlines()[-1] == "RuntimeError: as asked"
     access = [line for line in found if line["logger"] == "segue.access"]
@@ -149,7 +149,7 @@ def test_a_log_configuration_of_ones_own_decides_and_can_name_generation_and_wor
         master.stop()
         text = master.output.text
     assert "mine g1 w1 Application startup complete." in text
-    assert "mine g1 w1 only 3 left" in text
+    assert "mine g1 wbee only 3 left" in text
     assert re.search(r'mine g1 w1 127\.0\.0\.1:\d+ - "GET /warn HTTP/1\.1" 200', text)
 
 

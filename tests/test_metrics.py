@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scenario import DEADLINE_S, HOT, ROOT, Client, Load, Segue, supervised, unix_call
 
 from segue.supervisor.metrics import FAMILIES
+from segue.supervisor.totals import Followed
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -48,7 +49,7 @@ def scrape(master: Segue) -> Samples:
     return samples(text_string_to_metric_families(raw(master)[1]))
 
 
-def value(found: Samples, name: str, **labels: str) -> float:
+def value(found: Samples, name: str, /, **labels: str) -> float:
     return found[name, frozenset(labels.items())]
 
 
@@ -272,6 +273,18 @@ def test_services_are_there_with_their_leases_and_metrics() -> None:
         outcome = "ok" if code == 200 else "refused"
         labels = {"service": next(iter(services)), "outcome": outcome}
         assert value(scrape(master), "segue_service_swaps_total", **labels) == 1, document
+
+
+def test_messages_of_the_agent_protocol_are_counted_over_new_beginnings() -> None:
+    followed = Followed()
+    assert [followed.now(each) for each in (3, 5, 2, 2, 0, 4)] == [3, 5, 7, 7, 7, 11]
+
+
+def test_the_built_in_applications_connector_is_there(tmp_path) -> None:
+    with supervised(cwd=tmp_path, env={"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}) as master:
+        found = scrape(master)
+        assert value(found, "segue_hsp_messages_total", kind="received") == 0
+        assert value(found, "segue_service_value", service="hsp", name="hsp_available") in {0, 1}
 
 
 def test_the_admin_listener_serves_them_without_a_token(application, tmp_path) -> None:

@@ -140,6 +140,8 @@ def _configure(app: str, options: dict[str, Any]) -> Any:
     if not log_config:
         options = options | {"log_config": logs.configuration()}
     config = _explained(f"{culprit} can't be used", lambda: uvicorn.Config(app, **options))
+    if log_config:
+        logs.number_all()
     _log_like_uvicorn()
     module = app.partition(":")[0]
     config.app = _explained(f"import of {module} failed", lambda: _import(app))

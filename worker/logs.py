@@ -22,9 +22,10 @@ _EVENT = re.compile(r"""([a-z_]+)=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*)""")
 _STREAMS = {"stdout": 1, "stderr": 2}
 
 _USUAL = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {
-    *("generation", "worker", "message", "asctime", "color_message", "taskName")
+    *("message", "asctime", "color_message", "taskName")
 }
 """What every record has; the rest is the application's ``extra``."""
+_OURS = frozenset({"time", "level", "logger", "generation", "worker", "pid", "exception", "stack"})
 
 
 class Style:
@@ -57,16 +58,18 @@ class Formatter(logging.Formatter):
         if style.form == lines.JSON:
             text = lines.json_line(record.created, level, record.name, self._fields(record))
         else:
+            number(record)
             text = self.inner.format(record)
         return lines.with_priority(text, level) if self._stream in style.journal else text
 
     def _fields(self, record: logging.LogRecord) -> dict[str, object]:
         message = record.getMessage()
-        fields: dict[str, object] = {"message": message}
-        fields |= {key: value for key, value in vars(record).items() if key not in _USUAL}
+        fields: dict[str, object] = {"message": message} | style.where | {"pid": record.process}
+        for key, value in vars(record).items():
+            if key not in _USUAL:
+                fields[f"extra_{key}" if key in _OURS else key] = value
         if record.name.startswith("segue") and message.startswith("event="):
             fields |= {key: value.strip("'\"") for key, value in _EVENT.findall(message)}
-        fields |= style.where | {"pid": record.process}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -109,18 +112,32 @@ class _Prefixed(logging.Formatter):
 
 
 def begin(form: str, generation: int, worker: int, stdout: int, stderr: int) -> None:
-    """Let every record of this process know where it comes from. `stdout` and `stderr` are where the output will go."""
+    """How this process writes its lines from now on. `stdout` and `stderr` are where its output will go."""
     style.form, style.where = form, {"generation": generation, "worker": worker}
     fds = {"stdout": stdout, "stderr": stderr}
     style.journal = frozenset(name for name, fd in fds.items() if lines.is_journal(fd, os.environ))
-    make = logging.getLogRecordFactory()
 
-    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = make(*args, **kwargs)
-        made.generation, made.worker = generation, worker
-        return made
 
-    logging.setLogRecordFactory(record)
+def number(record: logging.LogRecord) -> bool:
+    """Let `record` know where it comes from: a filter that lets everything pass.
+
+    Not earlier, when it is made: an application that passes ``extra={"worker": …}`` would be refused.
+    """
+    for key, value in style.where.items():
+        vars(record).setdefault(key, value)
+    return True
+
+
+def number_all() -> None:
+    """Do so for every handler that there is, those of a ``--log-config``."""
+    for handler in _handlers():
+        handler.addFilter(number)
+
+
+def _handlers() -> set[logging.Handler]:
+    root = logging.getLogger()
+    loggers = [root, *(each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger))]
+    return {handler for logger in loggers for handler in logger.handlers}
 
 
 def configuration() -> dict[str, Any]:
@@ -140,13 +157,10 @@ def dress_application() -> None:
 
     After its import, so that its own `logging.basicConfig` isn't ignored. A formatter of a class of its own stays.
     """
-    root = logging.getLogger()
-    if not root.handlers:
-        handler: logging.Handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(name)s: %(message)s"))
-        root.addHandler(handler)  # as logging's last resort: warnings and worse, to stderr
-    loggers = [root, *(each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger))]
-    for handler in {handler for logger in loggers for handler in logger.handlers}:
+    if logging.lastResort is not None:  # warnings and worse of loggers for which nobody has made a handler
+        inner = logging.Formatter("%(levelname)s: %(name)s: %(message)s")
+        logging.lastResort.setFormatter(Formatter(_Prefixed(inner)))
+    for handler in _handlers():
         stream = _name(handler)
         if stream is not None and type(handler.formatter) in {logging.Formatter, type(None)}:
             handler.setFormatter(Formatter(_Prefixed(handler.formatter), stream))
