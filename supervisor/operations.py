@@ -127,6 +127,7 @@ class Operation:
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
+        result = self.result or {}
         return {
             "id": self.number,
             "kind": self.kind,
@@ -141,10 +142,10 @@ class Operation:
             "generation": self.generation,
             "drained": self.drained,
             "phases": self.phases,
-            "notes": self.notes,
             **({"service": self.service} if self.service else {}),
             **({"code": self.generation_code, "changes": self.changes} if self.generation_code else {}),
-            **(self.result or {}),
+            **result,
+            "notes": [*self.notes, *result.get("notes", ())],
         }
 
 

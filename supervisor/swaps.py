@@ -289,20 +289,29 @@ def _check_followers(turn: Turn, swap: m.Swap) -> None:
 
 def _result(swap: m.Swap) -> dict[str, Any]:
     workers: list[dict[str, Any]] = []
-    rewired: set[str] = set()
+    rewired: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for number, share in sorted(swap.shares.items()):
         if share.committed is not None:
             report = {**(share.prepared or {}), **share.committed}
             workers.append(
                 {"worker": number} | {key: value for key, value in report.items() if key not in _NOT_SHOWN}
             )
-            rewired.update(report.get("rewired") or ())
+            rewired |= dict.fromkeys(report.get("rewired") or ())
+            notes |= dict.fromkeys(_notes(report.get("health")))
     return {
         "service": swap.service,
         "version": swap.version,
         "workers": workers,
-        "rewired": sorted(rewired),
+        "rewired": list(rewired),
+        "notes": list(notes),
     }
+
+
+def _notes(health: Any) -> list[str]:
+    """What an instance that is healthy wants whoever asked for it to know."""
+    notes = health.get("notes") if isinstance(health, dict) else None
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _refuse(

@@ -13,7 +13,7 @@ from segue.worker.services.declaration import Declaration
 from segue.worker.services.errors import VerbError
 from segue.worker.services.instance import Instance
 from segue.worker.services.running import Running, Unit
-from segue.worker.services.swap import unhealthy
+from segue.worker.services.swap import as_json, unhealthy
 from segue.worker.services.verbs import bounded, method
 
 PATIENCE_S = 0.3
@@ -99,6 +99,6 @@ async def _call(
             found = dict(found)
         elif what == "metrics":
             return None, f"{what}() returned no dict"
-        return msgspec.json.decode(msgspec.json.encode(found, enc_hook=str)), reason
+        return as_json(found), reason
     except Exception as error:  # noqa: BLE001 - whatever a service answers is its report
         return None, str(error) if isinstance(error, VerbError) else f"{named}: {describe(error)}"

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from segue.worker.lifespan import describe
 from segue.worker.services import schema
 from segue.worker.services.errors import BusyError, SwapRefusedError, UnknownServiceError, VerbError
@@ -48,6 +50,8 @@ class _Candidate:
         """Set while it waits for the decision, and only then."""
         self.given_up = False
         self.seconds: dict[str, float] = {}
+        self.health: Any = None
+        """What the new instance says of itself when it is probed."""
         self.rewired: list[str] = []
 
 
@@ -107,6 +111,8 @@ class Swaps:
             await tell(unit.declaration, candidate.instance, "start")
         with _timed(candidate, "probe"):
             health = await tell(unit.declaration, candidate.instance, "health")
+        with contextlib.suppress(Exception):  # what JSON can't say keeps nobody from being healthy
+            candidate.health = as_json(health)
         try:
             reason = unhealthy(health)
         except Exception as error:  # noqa: BLE001 - a mapping of its own may do what it likes
@@ -279,6 +285,11 @@ def unhealthy(health: Any) -> str | None:
     return "it says so" if health is False else None
 
 
+def as_json(told: Any) -> Any:
+    """What a service tells of itself, as JSON has it. Raises what msgspec raises for what JSON can't say."""
+    return msgspec.json.decode(msgspec.json.encode(told, enc_hook=str))
+
+
 def _settings_of(unit: Unit) -> Any:
     """What the current instance says its settings are, else what it was built with."""
     instance = unit.instance
@@ -294,6 +305,7 @@ def _prepared(candidate: _Candidate) -> dict[str, Any]:
     return {
         "version": candidate.version,
         "seconds": dict(candidate.seconds),
+        "health": candidate.health,
         "choices": candidate.resolved.choices,
         "digest": candidate.resolved.digest,
     }
