@@ -31,6 +31,7 @@ NAMES = {
     "scrape": "/metrics with 32 workers",
     "services": "leases, and swaps under streams",
     "hsp": "swaps of the agent protocol's connector under load (needs mosquitto)",
+    "backend": "the built-in backend: its start, swaps of the model under token streams, reloads of tools under calls",
     "idle": "10,000 idle connections over a reload",
     "reloads": "ten reloads under load, as root and unprivileged, with 1 and 2 workers, and uvicorn's",
 }

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,9 +171,10 @@ def segue(
     start_s: float = 0.0,
     user: str | None = None,
     options: Sequence[str] = (),
-    app: str = "app:app",
+    app: str | None = "app:app",
+    environ: Mapping[str, str] | None = None,
 ) -> contextlib.AbstractContextManager[Segue]:
-    """Run an instance for the length of a block."""
+    """Run an instance for the length of a block; `app` None: with the built-in backend."""
     interpreter = bench.interpreter(user)
     place = Path(tempfile.mkdtemp(prefix="segue-", dir=bench.directory))
     place.chmod(0o755)
@@ -183,10 +184,16 @@ def segue(
         if owner:
             os.chown(place / name, owner["user"], owner["group"])
     port = free_port()
-    command = [interpreter.executable, "-m", "segue.supervisor.cli", "serve", app, *SAME_SETTINGS]
+    command = [interpreter.executable, "-m", "segue.supervisor.cli", "serve", *filter(None, [app])]
+    command += SAME_SETTINGS
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)]
     command += ["--runtime-dir", str(place / "run"), "--name", "bench", *options]
-    environ = {"BENCH_START_S": str(start_s), "BENCH_STARTED_DIR": str(place / "started")}
+    environ = {
+        "BENCH_START_S": str(start_s),
+        "BENCH_STARTED_DIR": str(place / "started"),
+        "XDG_STATE_HOME": str(place / "state"),
+        **(environ or {}),
+    }
 
     def server(process: subprocess.Popen[bytes], log: Path, mark: str, launched: float) -> Segue:
         control = str(place / "run" / "bench" / "control.sock")
