@@ -2,6 +2,7 @@
 
 The path says how it behaves: ``/FAULT/v1/chat/completions`` (``/ok/v1`` for none); ``/FAULTxN/v1`` does so for the first N
 requests only. What it was asked is at ``/seen``, and ``/wait?what=cancelled&count=1`` answers once so much has happened.
+With ``/held/v1`` the n-th answer to a message that says "hold" stops in the middle until ``/release`` was asked for n times.
 
 `python tests/openai_server.py FD` serves the listening socket that it inherits.
 """
@@ -47,6 +48,10 @@ class OpenAIServer:
     def wait(self, what: str, count: int) -> None:
         """Until it has happened so often."""
         self._get(f"/wait?what={what}&count={count}")
+
+    def release(self) -> None:
+        """Let the next held answer go on."""
+        self._get("/release")
 
     def _get(self, path: str) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
@@ -101,6 +106,9 @@ class _App:
         path = scope["path"]
         if path == "/seen":
             await _json(send, {"requests": self.requests, "counts": self.counts})
+        elif path == "/release":
+            await self.happened("released")
+            await _json(send, {})
         elif path == "/wait":
             query = dict(pair.split("=") for pair in scope["query_string"].decode().split("&"))
             async with self.changed:
@@ -207,6 +215,8 @@ class _App:
                 raise ConnectionResetError
             if fault == "endless" and number == 2:
                 await asyncio.sleep(FOREVER_S)
+            if fault == "held" and number == len(words) // 2 and "hold" in last["content"]:
+                await self.held()
             await _piece(send, body, {"content": word})
             await asyncio.sleep(0.03 if fault.startswith("paced") else 0.002)
         if fault == "unfinished":
@@ -216,6 +226,12 @@ class _App:
             send, body, {}, "stop", {"prompt_tokens": 3, "completion_tokens": len(words), "total_tokens": 0}
         )
         await _end(send)
+
+    async def held(self) -> None:
+        await self.happened("held")
+        number = self.counts["held"]
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.counts["released"] >= number)
 
     async def call_tool(self, body: dict[str, Any], send: Any) -> None:
         name = body["tools"][0]["function"]["name"]

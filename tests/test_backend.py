@@ -12,37 +12,23 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from scenario import HOT, Segue, supervised
+from backends import Backend, backend, events
+from openai_server import openai_server
+from scenario import HOT
 
-
-@contextlib.contextmanager
-def backend(directory: Path, settings: str = "", workers: int = 2) -> Iterator[Segue]:
-    (directory / "segue.toml").write_text(settings)
-    env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
-    with supervised("--workers", str(workers), cwd=directory, env=env) as master:
-        yield master
-        master.stop(None)
+import segue
 
 
 @pytest.fixture
-def http(tmp_path: Path) -> Iterator[httpx2.Client]:
-    """A client of a backend with nothing configured."""
-    with backend(tmp_path) as master, httpx2.Client(base_url=f"http://127.0.0.1:{master.port}") as client:
-        client.master = master  # type: ignore[attr-defined]
-        yield client
+def running(tmp_path: Path) -> Iterator[Backend]:
+    """A backend with nothing configured."""
+    with backend(tmp_path) as found:
+        yield found
 
 
-def master_of(client: httpx2.Client) -> Segue:
-    return client.master  # type: ignore[attr-defined, no-any-return]
-
-
-def events(text: str) -> list[tuple[str, Any]]:
-    found = []
-    for block in text.split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in block.splitlines())
-        if lines:
-            found.append((lines["event"], json.loads(lines["data"])))
-    return found
+@pytest.fixture
+def http(running: Backend) -> httpx2.Client:
+    return running.http
 
 
 def test_a_chat_works_with_nothing_configured_and_says_that_it_is_no_model(http: httpx2.Client) -> None:
@@ -116,94 +102,270 @@ def test_the_description_names_every_endpoint(http: httpx2.Client) -> None:
         assert text.count(f'#/components/schemas/{name}"') >= 1, name
 
 
-def test_swaps_name_what_was_rewired_and_unknown_names_are_told(http: httpx2.Client) -> None:
-    master = master_of(http)
-    for target, rewired in (
-        ("llm", {"ToolDispatcher", "DialogueManager"}),
-        ("personality?profile=warm", {"EmotionSystem", "DialogueManager"}),
-        ("tools", {"DialogueManager"}),
-        ("tools?tool=clock", {"DialogueManager"}),
-        ("mcp", {"ToolDispatcher"}),
-        ("memory", {"DialogueManager"}),
+REWIRED = {
+    "llm": ["ToolDispatcher", "DialogueManager"],
+    "personality?profile=warm": ["EmotionSystem", "DialogueManager"],
+    "tools": ["DialogueManager"],
+    "tools?tool=clock": ["DialogueManager"],
+    "mcp": ["ToolDispatcher"],
+    "emotion": ["DialogueManager"],
+    "memory": ["DialogueManager"],
+    "lis": ["MultiLLMService", "ToolDispatcher", "DialogueManager"],
+    "dialogue": [],
+}
+
+
+def test_swaps_name_what_was_rewired_and_unknown_names_are_told(running: Backend) -> None:
+    master = running.master
+    for target, rewired in REWIRED.items():
+        code, answer = master.call("POST", f"{HOT}/reload/{target}")
+        assert (code, answer["rewired"]) == (200, rewired), (target, answer)
+        for worker in answer["workers"]:
+            assert worker["rewired"] == rewired
+            assert worker["health"] is None or worker["health"]["ok"], worker
+    for target, known in (
+        ("personality?profile=nobody", "warm"),
+        ("tools?tool=nothing", "clock"),
+        ("nothing", "llm"),
     ):
         code, answer = master.call("POST", f"{HOT}/reload/{target}")
-        assert code == 200, answer
-        assert rewired <= set(answer["rewired"]), (target, answer["rewired"])
-    code, answer = master.call("POST", f"{HOT}/reload/personality?profile=nobody")
-    assert (code, "warm" in answer["known"]) == (404, True), answer
-    code, answer = master.call("POST", f"{HOT}/reload/tools?tool=nothing")
-    assert (code, "clock" in answer["known"]) == (404, True), answer
-    assert http.get("/api/v1/about").json()["personality"] == "warm"
+        assert (code, known in answer["known"]) == (404, True), answer
+        assert known in answer["detail"]
+    for arguments, known in (
+        (("personality", "--profile", "nobody"), "terse"),
+        (("tools", "--tool", "nothing"), "clock"),
+        (("nothing",), "personality"),
+    ):
+        done = master.command("reload", *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            f"there is no {arguments[-2].removeprefix('--') if len(arguments) > 1 else 'service'}"
+            in done.stderr
+        )
+        assert known in done.stderr
+    assert running.http.get("/api/v1/about").json()["personality"] == "warm"
     master.reload("--wait", "drained")
-    assert http.get("/api/v1/about").json()["personality"] == "warm"
-    assert master.command("reload", "personality", "--profile", "plain").returncode == 0
+    assert running.http.get("/api/v1/about").json()["personality"] == "warm", "it is remembered"
+    done = master.command("reload", "personality", "--profile", "plain")
+    assert done.returncode == 0
+    assert "rewired: EmotionSystem, DialogueManager" in done.stdout
     assert master.command("reload", "tools", "--tool", "clock").returncode == 0
-    document = master.status()
-    assert all(
-        document["services_initialized"][key]
-        for key in ("llm_interface", "ham_manager", "personality_manager")
-    )
-    assert document["mcp"]["fallback_enabled"] is True
-    assert document["metrics"]["memory"]["ham_store_size"] == 0
-    lis = document["metrics"]["lis"]
-    assert (lis["incidents_recent"], lis["antibodies_recent"]) == (0, 0)
-    tools = document["metrics"]["tools"]
-    assert tools.keys() >= {"total_invocations", "recent_failures", "success_rate", "avg_latency"}
+    assert master.command("reload", "llm").returncode == 0
 
 
-def test_a_drain_rejects_what_creates_work_and_answers_the_rest(http: httpx2.Client) -> None:
-    master = master_of(http)
+def test_the_status_has_what_is_asked_of_every_application(running: Backend) -> None:
+    document = running.master.status()
+    assert document["draining"] is False
+    initialized = document["services_initialized"]
+    assert all(initialized[key] is True for key in ("llm_interface", "ham_manager", "personality_manager"))
+    assert document["mcp"] == {"mcp_available": True, "is_connected": False, "fallback_enabled": True}
+    metrics = document["metrics"]
+    assert metrics["mcp"]["is_connected"] is False
+    assert metrics["mcp"]["fallback_initialized"] is True
+    assert metrics["memory"]["ham_store_size"] == 0
+    assert (metrics["lis"]["incidents_recent"], metrics["lis"]["antibodies_recent"]) == (0, 0)
+    assert metrics["tools"].keys() >= {"total_invocations", "recent_failures", "success_rate", "avg_latency"}
+    running.say("hello")
+    running.say("what time is it?")
+    running.call("calculate", expression="1+1")
+    metrics = running.master.status()["metrics"]
+    assert metrics["memory"]["ham_store_size"] == 4, "a store that all workers share is counted once"
+    assert metrics["tools"]["total_invocations"] == 2
+    assert metrics["tools"]["success_rate"] == 1.0
+
+
+def test_each_part_is_a_class_of_its_name_in_a_module_of_its_own() -> None:
+    from segue.worker.backend import assembly
+
+    declared = segue.Services()
+    assembly.declare(declared)
+    kinds = [each.factory for each in declared._declarations.values()]
+    assert [kind.__name__ for kind in kinds] == [each.title for each in declared._declarations.values()]
+    assert {kind.__name__ for kind in kinds} >= {
+        "MultiLLMService",
+        "ToolDispatcher",
+        "PersonalityManager",
+        "EmotionSystem",
+        "DialogueManager",
+        "HAMMemoryManager",
+        "MCPConnector",
+        "LIS",
+    }
+    assert len({kind.__module__ for kind in kinds}) == len(kinds)
+
+
+def test_a_drain_rejects_what_creates_work_and_answers_the_rest(running: Backend) -> None:
+    master, http = running.master, running.http
     assert master.command("drain", "start").returncode == 0
-    assert http.post("/api/v1/chat", json={"message": "x"}).status_code == 503
-    assert http.post("/v1/chat/completions", json={"messages": []}).status_code == 503
-    assert http.get("/api/v1/about").status_code == 200
-    assert http.get("/").status_code == 200
+    for path, body in (
+        ("/api/v1/chat", {"message": "x"}),
+        ("/api/v1/tools/clock", {}),
+        ("/api/v1/memory", {"text": "x"}),
+        ("/v1/chat/completions", {"messages": []}),
+    ):
+        refused = http.post(path, json=body)
+        assert (refused.status_code, refused.json()["status"]) == (503, 503), path
+        assert int(refused.headers["retry-after"]) > 0
+    for path in ("/", "/api/v1/about", "/api/v1/tools", "/api/v1/sessions", "/v1/models", "/openapi.json"):
+        assert http.get(path).status_code == 200, path
     assert master.command("drain", "stop").returncode == 0
     assert http.post("/api/v1/chat", json={"message": "x"}).status_code == 200
 
 
+def test_a_drain_that_queues_holds_a_chat_and_answers_it_after(running: Backend) -> None:
+    master = running.master
+    assert master.command("drain", "start", "--mode", "queue").returncode == 0
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.append(running.say("patience")))
+    asking.start()
+    master.wait_status(lambda s: any(w["queue"]["waiting"] for g in s["generations"] for w in g["workers"]))
+    assert not answers
+    assert master.command("drain", "stop").returncode == 0
+    asking.join(60)
+    assert "patience" in answers[0]["text"]
+
+
+def test_what_is_not_there_is_told_as_a_problem(http: httpx2.Client) -> None:
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("POST", "/api/v1/nothing", 404),
+        ("PUT", "/api/v1/chat", 405),
+        ("POST", "/", 405),
+    ):
+        answer = http.request(method, path)
+        assert answer.status_code == status, answer.text
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert path in answer.json()["detail"]
+    assert http.request("PUT", "/api/v1/chat").headers["allow"] == "POST"
+
+
+def test_the_page_asks_nothing_of_other_hosts_and_other_sites_ask_nothing_of_it(http: httpx2.Client) -> None:
+    page = http.get("/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    again = http.get("/chat.js", headers={"If-None-Match": http.get("/chat.js").headers["etag"]})
+    assert again.status_code == 304
+    for site, status in (("cross-site", 403), ("same-origin", 200), ("none", 200)):
+        asked = http.post("/api/v1/chat", json={"message": "x"}, headers={"Sec-Fetch-Site": site})
+        assert asked.status_code == status, site
+
+
+def test_a_conversation_without_a_name_gets_one_of_its_own(http: httpx2.Client) -> None:
+    first, second = (http.post("/api/v1/chat", json={"message": "hello"}).json() for _ in range(2))
+    assert first["session"] != second["session"]
+    assert "(message 1 of this" in second["text"]
+    again = http.post("/api/v1/chat", json={"message": "more", "session": first["session"]}).json()
+    assert "(message 2 of this" in again["text"]
+    asked = http.post("/api/v1/chat", json={"message": "x"}, headers={"Accept": "text/event-stream"})
+    assert events(asked.text)[0][1]["session"] == events(asked.text)[-1][1]["session"]
+
+
+def test_models_are_listed_and_found_by_name(running: Backend) -> None:
+    client = openai.OpenAI(base_url=f"{running.http.base_url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["offline"]
+    assert client.models.retrieve("offline").object == "model"
+    with pytest.raises(openai.NotFoundError, match="known: offline"):
+        client.models.retrieve("nobody/nothing")
+    client.close()
+
+
+def test_what_a_client_asks_of_the_model_reaches_it(tmp_path: Path) -> None:
+    with openai_server() as server:
+        settings = f'[services.llm]\nbase_url = "{server.url()}"\nmodel = "m"\n'
+        with backend(tmp_path, settings, workers=1) as running:
+            client = openai.OpenAI(base_url=f"{running.http.base_url}/v1", api_key="none", max_retries=0)
+            client.chat.completions.create(
+                model="m",
+                messages=[{"role": "user", "content": "hello"}],
+                temperature=0.5,
+                max_tokens=7,
+                seed=3,
+                presence_penalty=0.5,
+                response_format={"type": "json_object"},
+                tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+                tool_choice="none",
+                extra_body={"top_k": 40},
+            )
+            client.close()
+        (asked,) = server.seen()
+        for key, value in {
+            "model": "m",
+            "temperature": 0.5,
+            "max_tokens": 7,
+            "seed": 3,
+            "presence_penalty": 0.5,
+            "response_format": {"type": "json_object"},
+            "tool_choice": "none",
+            "top_k": 40,
+            "stream": True,
+        }.items():
+            assert asked["body"][key] == value, key
+
+
+COUNT = 60
+
+
+class Draining(httpx2.SyncByteStream):
+    """The official client hangs up when it has read ``[DONE]``; this reads what is left of the answer, so that it needn't."""
+
+    def __init__(self, stream: httpx2.SyncByteStream) -> None:
+        self._stream, self._pieces = stream, iter(stream)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        for _ in self._pieces:
+            pass
+        self._stream.close()
+
+
+class OneConnection(httpx2.HTTPTransport):
+    """A pool of one connection, which notes each that it has ever had."""
+
+    def __init__(self) -> None:
+        super().__init__(limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1))
+        self.seen: set[Any] = set()
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = super().handle_request(request)
+        self.seen.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = Draining(response.stream)
+        return response
+
+
+@pytest.mark.timeout(600)
 def test_the_official_client_streams_over_generation_swaps_and_llm_swaps_on_one_connection(
     tmp_path: Path,
 ) -> None:
-    with backend(tmp_path, "[services.llm]\noffline_pause_s = 0.02\n") as master:
-        pool = httpx2.Client(limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1))
+    """Each stream is held in the middle until a generation and the model have been replaced under it."""
+    with openai_server() as server, contextlib.ExitStack() as stack:
+        settings = f'[services.llm]\nbase_url = "{server.url("held")}"\nmodel = "m"\n'
+        master = stack.enter_context(backend(tmp_path, settings, workers=1)).master
+        pool = OneConnection()
         client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{master.port}/v1", api_key="none", max_retries=0, http_client=pool
+            base_url=f"http://127.0.0.1:{master.port}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=stack.enter_context(httpx2.Client(transport=pool)),
         )
-        model = client.models.list().data[0].id
-        ask: Any = {
-            "model": model,
-            "messages": [{"role": "user", "content": "repeat after me: " + " ".join(map(str, range(60)))}],
-        }
-        expected = client.chat.completions.create(**ask).choices[0].message.content
-        assert expected
-        ended, told = threading.Event(), threading.Event()
-        swaps: list[int] = []
-        errors: list[str] = []
-
-        def change() -> None:
-            for number in range(20):
+        for number in range(1, 21):
+            ask: Any = {"model": "m", "stream": True}
+            ask["messages"] = [{"role": "user", "content": f"count to {COUNT + number}, and hold"}]
+            with client.chat.completions.create(**ask) as streamed:
+                server.wait("held", number)
                 for target in ("/reload", "/reload/llm"):
                     code, answer = master.call("POST", f"{HOT}{target}")
-                    if code != 200:
-                        errors.append(json.dumps(answer))
-                swaps.append(number)
-                told.set()
-            ended.set()
-
-        changer = threading.Thread(target=change)
-        changer.start()
-        outlasting = 0
-        while not ended.is_set():
-            before = len(swaps)
-            said = ""
-            with client.chat.completions.create(**ask, stream=True) as stream:
-                for chunk in stream:
-                    said += (chunk.choices[0].delta.content or "") if chunk.choices else ""
-            assert said == expected
-            outlasting += len(swaps) > before
-            assert client.chat.completions.create(**ask).choices[0].message.content == expected
-        changer.join(60)
-        assert not errors
-        assert outlasting
-        pool.close()
+                    assert code == 200, answer
+                server.release()
+                tokens = [chunk.choices[0].delta.content for chunk in streamed if chunk.choices]
+            assert [token for token in tokens if token] == [f"{n} " for n in range(COUNT + number)]
+            whole = client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": f"count to {number}"}]
+            )
+            assert whole.choices[0].message.content == "".join(f"{n} " for n in range(number))
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == number
+        assert master.status()["current"] == 21
+        assert len(pool.seen) == 1, "the one connection was never closed"
+        assert server.count("cancelled") == 0

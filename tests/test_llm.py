@@ -113,7 +113,9 @@ def test_tool_calls_come_whole_and_go_back_as_they_came(server: OpenAIServer) ->
 def test_a_provider_that_does_not_begin_to_answer_is_replaced_by_the_next(
     server: OpenAIServer, fault: str, asked: int
 ) -> None:
-    bad = provider("bad", server.url(fault), retries=1, first_token_timeout_s=0.7)
+    # those that say something must have the time for it, however busy the machine is
+    patience_s = 0.7 if fault in {"slow", "silent"} else 20.0
+    bad = provider("bad", server.url(fault), retries=1, first_token_timeout_s=patience_s)
     answer = run(ask(bad, provider("good", server.url())))
     assert (answer.provider, answer.text) == ("good", "You said hello")
     assert [seen["fault"] for seen in server.seen()] == [fault] * asked + ["ok"]
@@ -140,8 +142,8 @@ def test_without_any_answer_the_caller_gets_every_reason(server: OpenAIServer) -
 
 
 def test_a_time_out_is_told_as_one(server: OpenAIServer) -> None:
-    with pytest.raises(LLMError, match=r"no token within 0\.3 s") as told:
-        run(ask(provider("one", server.url("slow"), first_token_timeout_s=0.3)))
+    with pytest.raises(LLMError, match=r"no token within 3 s") as told:
+        run(ask(provider("one", server.url("slow"), first_token_timeout_s=3.0)))
     assert told.value.status == 504
 
 

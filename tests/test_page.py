@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from backends import backend
 from browser import browser
-from scenario import ROOT, supervised
+from openai_server import openai_server
+from scenario import HOT, ROOT, supervised
 
 LAST = "[...document.querySelectorAll('article.assistant')].at(-1)"
 
@@ -50,3 +52,40 @@ def test_the_page_streams_over_reloads_and_swaps_and_says_who_answered(tmp_path:
         assert not page.errors
         assert all(url.startswith((origin, "data:", "about:")) for url in page.requested), page.requested
         master.stop()
+
+
+def test_an_answer_goes_on_in_the_page_while_everything_behind_it_is_swapped(tmp_path: Path) -> None:
+    """Held in the middle until a generation, the model and the personality have been replaced under it."""
+    with openai_server() as server, browser() as page:
+        settings = f'[services.llm]\nbase_url = "{server.url("held")}"\nmodel = "m"\n'
+        with backend(tmp_path, settings) as running:
+            master = running.master
+            page.open(f"http://127.0.0.1:{master.port}/")
+            page.wait("document.getElementById('model').textContent === 'm'")
+            page.type("count to 30, and hold")
+            page.press_enter()
+            server.wait("held", 1)
+            page.wait(f"{LAST}?.querySelector('p').textContent === '{numbers(15)}'")
+            master.reload()
+            for service in ("llm", "tools", "mcp", "memory", "personality?profile=warm"):
+                code, answer = master.call("POST", f"{HOT}/reload/{service}")
+                assert code == 200, answer
+            page.wait("document.getElementById('generation').textContent === '2'")
+            page.wait("document.getElementById('personality').textContent === 'warm'")
+            assert page.run(f"{LAST}.querySelector('p').textContent") == numbers(15)
+            assert page.run(f"{LAST}.className") == "assistant open", (
+                "to the reader it is still being written"
+            )
+            server.release()
+            page.wait(f"{LAST}.querySelector('footer')?.textContent === 'generation 1 · m · plain'")
+            assert page.run(f"{LAST}.querySelector('p').textContent") == numbers(30)
+            page.type("count to 3")
+            page.press_enter()
+            page.wait(f"{LAST}.querySelector('footer')?.textContent === 'generation 2 · m · warm'")
+            assert page.run(f"{LAST}.querySelector('p').textContent") == numbers(3)
+            assert page.run("document.querySelectorAll('article.wrong').length") == 0
+            assert not page.errors
+
+
+def numbers(count: int) -> str:
+    return "".join(f"{number} " for number in range(count))

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.staticfiles import StaticFiles
 
 import segue
 from segue.worker.backend.agent import Agent
 from segue.worker.backend.dialogue import DialogueManager, DialogueSettings
 from segue.worker.backend.emotion import EmotionSettings, EmotionSystem
+from segue.worker.backend.errors import ToldError
 from segue.worker.backend.hsp.connector import HSPConnector
 from segue.worker.backend.hsp.settings import HSPSettings
+from segue.worker.backend.http import page
 from segue.worker.backend.http.agents import AgentsApi
 from segue.worker.backend.http.api import Api
-from segue.worker.backend.http.endpoint import Endpoint, answer
+from segue.worker.backend.http.endpoint import Endpoint, answer, problem_response
 from segue.worker.backend.http.openai_api import OpenAIApi
 from segue.worker.backend.http.openapi import document
 from segue.worker.backend.http.parts import Parts
@@ -32,8 +33,6 @@ from segue.worker.backend.mcp_connector import MCPConnector, MCPSettings
 from segue.worker.backend.memory import HAMMemoryManager, MemorySettings
 from segue.worker.backend.personality import PersonalityManager, PersonalitySettings
 from segue.worker.backend.tools import ToolDispatcher, ToolOptions, ToolSettings
-
-_PAGE = Path(__file__).parent / "page"
 
 
 def declare(services: segue.Services) -> Parts:
@@ -103,17 +102,33 @@ def create() -> Starlette:
     async def ping(_: Request) -> Response:
         return PlainTextResponse("pong")
 
-    app = Starlette(
+    return Starlette(
         routes=[
             *(endpoint.route() for endpoint in endpoints),
             Route("/openapi.json", openapi),
             Route("/ping", ping),
+            *page.routes(),
         ],
+        exception_handlers={HTTPException: _refused, Exception: _broken},
         lifespan=lifespan,
     )
-    # last, since it takes every path that is left
-    app.mount("/", StaticFiles(directory=_PAGE, html=True))
-    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """What isn't there, or doesn't take this method."""
+    assert isinstance(error, HTTPException)
+    allowed = (error.headers or {}).get("Allow")
+    detail = f"{request.url.path} takes {allowed}" if allowed else f"there is no {request.url.path} here"
+    response = problem_response(
+        ToldError(error.status_code, f"{detail}; /openapi.json describes all that there is")
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    """The traceback is in the log."""
+    return problem_response(ToldError(500, f"{type(error).__name__}; the log of this worker says more"))
 
 
 app = create()

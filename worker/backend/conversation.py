@@ -35,6 +35,8 @@ class Sampling(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     frequency_penalty: float | None = None
     stop: tuple[str, ...] = ()
+    further: dict[str, Any] = {}
+    """What else a provider is told, as the caller has written it; the offline responder ignores it."""
 
 
 class Chunk(msgspec.Struct, frozen=True):

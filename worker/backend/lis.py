@@ -254,7 +254,7 @@ def merged(first: Sampling, second: Sampling | None) -> Sampling:
         return first
     said = {key: getattr(first, key) for key in first.__struct_fields__}
     return msgspec.structs.replace(
-        second, **{key: value for key, value in said.items() if value not in {None, ()}}
+        second, **{key: value for key, value in said.items() if value not in (None, (), {})}
     )
 
 

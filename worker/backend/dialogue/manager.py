@@ -220,7 +220,7 @@ class DialogueManager:
             said: list[str] = []
             calls: list[ToolCall] = []
             async with contextlib.aclosing(
-                parts.llm.stream(messages, tools=tools, sampling=answer.profile.sampling)
+                parts.llm.stream(messages, tools=tools, usual=answer.profile.sampling)
             ) as chunks:
                 async for chunk in chunks:
                     answer.provider = chunk.provider or answer.provider

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.responses import Response
 import segue
 from segue.worker.backend.dialogue import Reply
 from segue.worker.backend.errors import ToldError
-from segue.worker.backend.http.endpoint import Endpoint, answer, body, query
+from segue.worker.backend.http.endpoint import Endpoint, answer, body, query, while_connected
 from segue.worker.backend.http.events import Events, event
 from segue.worker.backend.http.parts import Parts
 
@@ -27,10 +28,12 @@ class ChatRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Something said to the service."""
 
     message: str
-    session: str = "default"
-    """Letters, digits, dots, dashes and underscores, at most 64."""
+    session: str | None = None
+    """The conversation that it belongs to: letters, digits, dots, dashes and underscores, at most 64. None: a new one,
+    whose name is in the answer."""
     stream: bool = False
-    """Answer with server-sent events: ``start``, ``token``, ``tool``, ``done`` or ``error``."""
+    """Answer with server-sent events: ``start``, ``token``, ``tool``, ``done`` or ``error``. The same as
+    ``Accept: text/event-stream``."""
 
 
 class ChatAnswer(msgspec.Struct):
@@ -132,6 +135,7 @@ class Api:
                 "Remember something",
                 takes=Remembered,
                 answers=one,
+                status=201,
                 makes_work=True,
             ),
             Endpoint("GET", "/api/v1/memory", self._search, "Search the memory", answers=many, query=Search),
@@ -145,23 +149,15 @@ class Api:
             raise ToldError(400, "message is empty")
         if len(asked.message) > _MAX_MESSAGE:
             raise ToldError(413, f"message is longer than {_MAX_MESSAGE} characters")
-        _check_session(asked.session)
+        session = f"chat-{uuid.uuid4().hex}" if asked.session is None else _check_session(asked.session)
         who = _served_by(request)
         dialogue, lease = self._parts.lease_dialogue()
         served_by = {"generation": who["generation"], "worker": who["worker"]}
-        replies = dialogue.reply(asked.session, asked.message, served_by=served_by)
-        if asked.stream:
-            return Events(_told(asked.session, who, replies), lease.close)
+        replies = dialogue.reply(session, asked.message, served_by=served_by)
+        if asked.stream or Events.media_type in request.headers.get("accept", ""):
+            return Events(_told(session, who, replies), lease.close)
         with lease:
-            text: list[str] = []
-            tools: list[dict[str, Any]] = []
-            final: dict[str, Any] = {}
-            async with contextlib.aclosing(replies):
-                async for reply in replies:
-                    text.append(reply.text)
-                    tools += [msgspec.to_builtins(reply.tool)] if reply.tool else []
-                    final = msgspec.to_builtins(reply.final) if reply.final else final
-            return answer({"session": asked.session, "text": "".join(text), "tools": tools} | final | who)
+            return answer(await while_connected(request, _whole(session, who, replies)))
 
     async def _about(self, request: Request) -> Response:
         llm, personality = self._parts.llm, self._parts.personality
@@ -195,8 +191,8 @@ class Api:
         name = request.path_params["name"]
         arguments = (await body(request, Arguments)).arguments
         with self._parts.mcp.lease(), self._parts.tools.lease() as tools:
-            known = sorted(tool.name for tool in tools.tools())
-            if name not in known:
+            if not tools.knows(name):
+                known = sorted(tool.name for tool in tools.tools())
                 raise ToldError(404, f"there is no tool {name!r}; known: {', '.join(known)}", known=known)
             return answer(await tools.call(name, arguments))
 
@@ -214,6 +210,18 @@ class Api:
         asked = query(request, Search)
         with self._parts.memory.lease() as memory:
             return answer(await memory.search(asked.q, _bounded(asked.limit), asked.session))
+
+
+async def _whole(session: str, who: dict[str, Any], replies: AsyncGenerator[Reply, None]) -> dict[str, Any]:
+    text: list[str] = []
+    tools: list[dict[str, Any]] = []
+    final: dict[str, Any] = {}
+    async with contextlib.aclosing(replies):
+        async for reply in replies:
+            text.append(reply.text)
+            tools += [msgspec.to_builtins(reply.tool)] if reply.tool else []
+            final = msgspec.to_builtins(reply.final) if reply.final else final
+    return {"session": session, "text": "".join(text), "tools": tools} | final | who
 
 
 async def _told(

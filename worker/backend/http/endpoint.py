@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ class Endpoint:
     """The type of the JSON body."""
     answers: type | None = None
     """The type of the JSON answer."""
+    status: int = 200
+    """Of that answer."""
     query: type | None = None
     """The type of the query parameters."""
     makes_work: bool = False
@@ -47,6 +50,8 @@ class Endpoint:
 
         async def endpoint(request: Request) -> Response:
             try:
+                if self.makes_work:
+                    _refuse_other_sites(request)
                 return await handler(request)
             except ToldError as error:
                 return told(error)
@@ -64,6 +69,35 @@ class Endpoint:
         return (
             self.method.lower() + "_" + words.strip("/").replace("/", "_").replace(".", "_").replace("-", "_")
         )
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """Browsers send requests for any page that is open in them, and say so: a service on loopback isn't open to all pages."""
+    if request.headers.get("sec-fetch-site") == "cross-site":
+        raise ToldError(403, "requests from pages of other sites aren't answered")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns, for a request whose body has been read.
+
+    If the client leaves first, `work` is cancelled; raises `ClientDisconnect` then.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait({working, leaving})
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def body(request: Request, kind: type[_T]) -> _T:

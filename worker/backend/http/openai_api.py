@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from segue.worker.backend.conversation import Chunk, Message, Role, Sampling, Tool, ToolCall
 from segue.worker.backend.errors import ToldError
-from segue.worker.backend.http.endpoint import Endpoint, answer, body
+from segue.worker.backend.http.endpoint import Endpoint, answer, body, while_connected
 from segue.worker.backend.http.events import Events, event
 from segue.worker.backend.http.parts import Parts
 from segue.worker.backend.llm import MultiLLMService
@@ -67,7 +67,7 @@ class _StreamOptions(msgspec.Struct):
 
 
 class ChatCompletionRequest(msgspec.Struct):
-    """What is sent to ``/v1/chat/completions``; keys that aren't here are ignored."""
+    """What is sent to ``/v1/chat/completions``; keys that aren't here are passed on to the provider."""
 
     messages: list[_Turn]
     model: str = ""
@@ -84,10 +84,11 @@ class ChatCompletionRequest(msgspec.Struct):
 
 
 class OpenAIApi:
-    """The two endpoints."""
+    """The endpoints."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._since = int(time.time())
 
     def endpoints(self) -> list[Endpoint]:
         """For the router."""
@@ -111,16 +112,35 @@ class OpenAIApi:
                 answers=dict[str, Any],
                 errors=_error,
             ),
+            Endpoint(
+                "GET",
+                "/v1/models/{model:path}",
+                self._model,
+                "One of them (compatible with OpenAI's API)",
+                answers=dict[str, Any],
+                errors=_error,
+            ),
         ]
 
     async def _models(self, _: Request) -> Response:
         models = self._parts.llm.current.models
-        created = int(time.time())
-        data = [{"id": model, "object": "model", "created": created, "owned_by": "segue"} for model in models]
-        return answer({"object": "list", "data": data})
+        return answer({"object": "list", "data": [self._described(model) for model in models]})
+
+    async def _model(self, request: Request) -> Response:
+        model = request.path_params["model"]
+        _check_model(model, self._parts.llm.current)
+        return answer(self._described(model))
+
+    def _described(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._since, "owned_by": "segue"}
 
     async def _complete(self, request: Request) -> Response:
-        asked = await body(request, ChatCompletionRequest)
+        given = await body(request, dict[str, Any])
+        try:
+            asked = msgspec.convert(given, ChatCompletionRequest)
+        except msgspec.ValidationError as error:
+            raise ToldError(400, f"the body isn't what this takes: {error}") from error
+        further = {key: given[key] for key in given.keys() - set(ChatCompletionRequest.__struct_fields__)}
         if not asked.messages:
             raise ToldError(400, "messages is empty")
         if (asked.n or 1) != 1:
@@ -133,20 +153,16 @@ class OpenAIApi:
         lease = contextlib.ExitStack()
         llm = lease.enter_context(self._parts.llm.lease())
         try:
-            if asked.model and asked.model not in llm.models:
-                raise ToldError(
-                    404, f"there is no model {asked.model!r}; known: {', '.join(llm.models)}", param="model"
-                )
-            chunks = self._chunks(llm, asked, messages, tools)
-            # the first chunk decides between an error with its status and a stream
-            first = await anext(chunks, None)
-        except BaseException:
+            if asked.model:
+                _check_model(asked.model, llm)
+            chunks = self._chunks(llm, asked, messages, tools, further)
+            if asked.stream:
+                # the first chunk decides between an error with its status and a stream
+                first = await while_connected(request, _first(chunks))
+                return Events(_streamed(asked, first, chunks), lease.pop_all().close)
+            return await while_connected(request, _whole(asked, chunks))
+        finally:
             lease.close()
-            raise
-        if asked.stream:
-            return Events(_streamed(asked, first, chunks), lease.close)
-        with lease:
-            return await _whole(asked, first, chunks)
 
     def _chunks(
         self,
@@ -154,6 +170,7 @@ class OpenAIApi:
         asked: ChatCompletionRequest,
         messages: list[Message],
         tools: list[Tool],
+        further: dict[str, Any],
     ) -> AsyncGenerator[Chunk, None]:
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         sampling = Sampling(
@@ -162,8 +179,14 @@ class OpenAIApi:
             asked.max_completion_tokens or asked.max_tokens,
             asked.frequency_penalty,
             stop,
+            further,
         )
         return llm.stream(messages, tools=tools, sampling=sampling, model=asked.model or None)
+
+
+def _check_model(model: str, llm: MultiLLMService) -> None:
+    if model not in llm.models:
+        raise ToldError(404, f"there is no model {model!r}; known: {', '.join(llm.models)}", param="model")
 
 
 def _message(turn: _Turn) -> Message:
@@ -211,15 +234,13 @@ async def _streamed(
     yield _DONE
 
 
-async def _whole(
-    asked: ChatCompletionRequest, first: Chunk | None, chunks: AsyncGenerator[Chunk, None]
-) -> Response:
+async def _whole(asked: ChatCompletionRequest, chunks: AsyncGenerator[Chunk, None]) -> Response:
     text: list[str] = []
     calls: list[ToolCall] = []
     finish, model = "stop", asked.model
     usage: dict[str, int] = {}
     async with contextlib.aclosing(chunks):
-        async for chunk in _from(first, chunks):
+        async for chunk in chunks:
             text.append(chunk.text)
             calls += chunk.tool_calls
             finish, model = chunk.finish or finish, chunk.model or model
@@ -237,6 +258,10 @@ async def _whole(
             "usage": _usage(usage),
         }
     )
+
+
+async def _first(chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
+    return await anext(chunks, None)
 
 
 async def _from(first: Chunk | None, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:

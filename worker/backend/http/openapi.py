@@ -55,7 +55,7 @@ def _operation(each: Endpoint, path: str, by_kind: dict[type, dict[str, Any]]) -
         "operationId": each.name,
         "summary": each.summary,
         "responses": {
-            "200": {"description": "Done", "content": content},
+            str(each.status): {"description": "Done", "content": content},
             "default": {
                 "description": "It can't be done; the detail says why",
                 "content": {"application/problem+json": {"schema": {"$ref": _REF.format(name="Problem")}}},

@@ -293,6 +293,7 @@ def _request(
             for tool in tools
         ]
         or None,
+        "extra_body": sampling.further or None,
     }
     return {key: value for key, value in request.items() if value is not None}
 

@@ -85,6 +85,8 @@ class MultiLLMService:
         ]
         self._before = None if previous is None else {each.provider: each for each in previous._asked}
         """By settings, those that answer until now; None: this instance replaces none."""
+        self._new: list[Provider] = []
+        """Those that nobody has asked before."""
         self._counts: _Counts = _Counts() if previous is None else previous._counts
         self._errors: dict[str, str] = {}
 
@@ -107,13 +109,21 @@ class MultiLLMService:
             before = (known or {}).get(each.provider)
             if isinstance(each, OpenAIProvider):
                 await each.start(before if isinstance(before, OpenAIProvider) else None)
-        if known is None or not self.settings.probe:
+        if known is None:
             return
         new = [each for each in self._asked if each.provider not in known]
+        self._new = [each.provider for each in new]
+        if not self.settings.probe:
+            return
         limit_s = self.settings.probe_timeout_s
         for found in await asyncio.gather(*(each.probe(limit_s) for each in new), return_exceptions=True):
             if found is not None:
                 raise found
+
+    def activate(self) -> None:
+        """What another server did under the same name isn't held against a new one: it may be asked at once."""
+        while self._new:
+            self.lis.succeeded(_source(self._new.pop()))
 
     def health(self) -> dict[str, Any]:
         """What is known without asking anybody: not ok when each provider has failed the last request made to it."""
@@ -173,15 +183,17 @@ class MultiLLMService:
         *,
         tools: Sequence[Tool] = (),
         sampling: Sampling | None = None,
+        usual: Sampling | None = None,
         model: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The answer as it comes; closing the generator cancels the provider's request.
 
-        With `model`, only providers that offer it are asked. Raises `LLMError`: 404 for a model that nobody offers.
+        `sampling` is what the caller insists on; `usual` counts where nothing else was learnt to be better. With `model`,
+        only providers that offer it are asked. Raises `LLMError`: 404 for a model that nobody offers.
         """
         counts = self._counts
         candidates = self._candidates(model)
-        request = _Request(messages, tools, sampling or Sampling(), time.perf_counter())
+        request = _Request(messages, tools, sampling or Sampling(), usual or Sampling(), time.perf_counter())
         counts.requests += 1
         counts.active += 1
         try:
@@ -224,13 +236,15 @@ class MultiLLMService:
         Raises `_GivenUpError` before the first token, `LLMError` after it or where the request is at fault.
         """
         provider, lis = asked.provider, self.lis
-        source = f"llm:{provider.name}"
+        source = _source(provider)
         learns = provider.kind != OFFLINE
         if learns and lis.breaker_open(source):
             last = self._errors.get(provider.name, "it has failed repeatedly")
             raise _GivenUpError(f"{provider.name} is left out for a while: {last}", 503)
-        advice = lis.advice(source) if learns else None
-        sampling, advised = merged(request.sampling, advice), advice is not None
+        plain = merged(request.sampling, request.usual)
+        sampling = merged(request.sampling, merged(lis.advice(source) or Sampling(), request.usual))
+        sampling = sampling if learns else plain
+        advised = sampling != plain
         tries, asked_again = 0, False
         while True:
             begun, text = False, ""
@@ -256,7 +270,7 @@ class MultiLLMService:
                     return
                 # an answer without a word; nobody has seen anything yet
                 lis.answered(source, "")
-                sampling, advised = merged(lis.advice(source) or Sampling(), request.sampling), True
+                sampling, advised = merged(lis.advice(source) or Sampling(), plain), True
                 asked_again = True
                 self._counts.retries += 1
             except ProviderError as error:
@@ -298,14 +312,24 @@ class _Request:
     """What a caller asks."""
 
     def __init__(
-        self, messages: Sequence[Message], tools: Sequence[Tool], sampling: Sampling, began: float
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        sampling: Sampling,
+        usual: Sampling,
+        began: float,
     ) -> None:
         self.messages = messages
         self.tools = tools
         self.sampling = sampling
+        self.usual = usual
         self.began = began
         self.over = False
         """It has come to an end by itself."""
+
+
+def _source(provider: Provider) -> str:
+    return f"llm:{provider.name}"
 
 
 def _pause_s(tries: int) -> float:

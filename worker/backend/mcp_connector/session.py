@@ -129,8 +129,8 @@ class ServerSession:
             self._task.cancel()
 
     def knows(self, name: str) -> bool:
-        """Whether it has, or had when it was there last, a tool of that name."""
-        return name in self._known
+        """Whether it has, or had when it was there last, a tool of that name; of one that was never there: may have."""
+        return name in self._known if self.connections else name.startswith(f"{self.name}__")
 
     # -------------------------------------------------------------------------------------------------- calling
 
@@ -145,6 +145,8 @@ class ServerSession:
         client = self._client
         if client is None:
             return failed(f"MCP server {self.name} can't be reached: {self.reason}", loop.time() - began)
+        if name not in self._known:
+            return failed(f"MCP server {self.name} has no tool {name!r}", loop.time() - began)
         self._calls += 1
         self._no_calls.clear()
         try:

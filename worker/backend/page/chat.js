@@ -44,6 +44,14 @@ function note(article, text) {
   footer.textContent = text;
 }
 
+// Who has answered, below the answer
+function credit(article, who, tools) {
+  const parts = ["generation " + who.generation, who.model, who.personality].filter(Boolean);
+  const used = (tools || []).map((each) => each.name + (each.ok ? "" : " (failed)"));
+  if (used.length) parts.push("used " + used.join(", "));
+  note(article, parts.join(" · "));
+}
+
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -83,14 +91,12 @@ async function ask(text) {
     for await (const { name, data } of events(response)) {
       if (name === "start") show(data);
       if (name === "token") p.textContent += data.text;
-      if (name === "tool") tools.push(data.name + (data.ok ? "" : " (failed)"));
+      if (name === "tool") tools.push(data);
       if (name === "error") throw new Error(data.detail);
       if (name === "done") {
         ended = true;
         show(data);
-        const parts = ["generation " + data.generation, data.model, data.personality];
-        if (tools.length) parts.push("used " + tools.join(", "));
-        note(article, parts.join(" · "));
+        credit(article, data, tools);
       }
       turns.scrollTop = turns.scrollHeight;
     }
@@ -157,7 +163,7 @@ async function past() {
     if (each.role !== "user" && each.role !== "assistant") continue;
     const article = turn(each.role, each.content);
     const meta = each.meta || {};
-    if (meta.model) note(article, ["generation " + meta.generation, meta.model, meta.personality].filter(Boolean).join(" · "));
+    if (meta.model) credit(article, meta, meta.tools);
   }
 }
 

@@ -161,6 +161,10 @@ class ToolDispatcher:
         ]
         return own + [tool for tool in self.mcp.tools() if tool.name not in self._tools]
 
+    def knows(self, name: str) -> bool:
+        """Whether there is such a tool, even if its server isn't there at the moment: a call waits for it then."""
+        return name in self._tools or self.mcp.knows(name)
+
     async def call(self, name: str, arguments: str | Mapping[str, Any]) -> ToolResult:
         """Call a tool; `arguments` as JSON text, which may be anything, or as what was read from it.
 
@@ -240,8 +244,16 @@ class ToolDispatcher:
         }
 
     def health(self) -> dict[str, Any]:
-        """Good; with the problems, since files that can't be loaded stop no other."""
-        return {"ok": True, "directory": self.library.directory, "problems": self.problems}
+        """Good; with the problems, since files that can't be loaded stop no other. Who reloads is told of them."""
+        return {
+            "ok": True,
+            "directory": self.library.directory,
+            "problems": self.problems,
+            "notes": [
+                f"{reason}\n({'its old version goes on' if key in self.library.files else 'it has no tools'})"
+                for key, reason in self.library.problems.items()
+            ],
+        }
 
 
 def _object(arguments: str | Mapping[str, Any]) -> dict[str, Any]:
