@@ -532,8 +532,8 @@ def test_a_full_disk_under_the_memory_is_told_and_loses_nothing(tmp_path: Path) 
         assert running.http.post("/api/v1/memory", json={"text": "room again"}).status_code == 201
         assert running.say("and now?")["problems"] == []
         running.master.wait_status(lambda s: s["services"]["memory"]["healthy"])
-        code, answer = running.master.call("POST", f"{HOT}/reload/memory")
-        assert code == 200, answer
+        code, swapped = running.master.call("POST", f"{HOT}/reload/memory")
+        assert code == 200, swapped
         found = running.http.get("/api/v1/memory", params={"q": "walnut", "limit": 1000}).json()
         assert {each["text"] for each in found} == set(kept)
 
