@@ -88,6 +88,9 @@ class NotifyKey(enum.StrEnum):
     """Set on a failed start, one line: what failed and why."""
     RECYCLE = "X_SEGUE_RECYCLE"
     """The worker asks to be replaced; the value says why."""
+    RESPONSES = "X_SEGUE_RESPONSES"
+    """How many responses the worker has sent since its start, and how many of them were 5xx of the application:
+    ``TOTAL ERRORS``. With each heartbeat, and often while it is watched."""
     HANDOVER = "X_SEGUE_HANDOVER"
     """The worker has services; the value says how many seconds they may take to hand over."""
 
@@ -172,6 +175,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``reject`` or ``queue`` if the operator's drain is on when this worker starts."""
     check_only: bool = False
     """Start up, warm up, shut down, exit 0: `segue check`."""
+    import_only: bool = False
+    """And of that only the import."""
     settings_file: str | None = None
     """Where the settings of services are read, anew with each swap."""
     env_file: str | None = None
@@ -211,7 +216,7 @@ class Counts(msgspec.Struct, frozen=True):
     """Public responses, as uvicorn counts them; also without request metrics."""
     responses: dict[str, int] = {}
     """Complete responses of the application by status class, ``1xx`` to ``5xx``; empty without request metrics. Counted
-    when a response is out whole. Among the ``4xx`` are what was no HTTP; what was asked on the private socket counts, too; WebSockets don't."""
+    when a response is out whole. Among the ``4xx`` are what was no HTTP; what was asked on the private socket doesn't count, nor do WebSockets."""
     rejected: int = 0
     """Responses with 5xx that segue itself gave (what is marked, while an operator drains or the worker stops; a health
     path that says no), which are not in `responses`."""

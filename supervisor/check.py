@@ -31,13 +31,22 @@ def check(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Verdict:
     Raises `SettingsError`.
     """
     effective = config.load(flags, environ, config.logical_cwd(environ))
-    taken = snapshot.take(effective)
+    return asyncio.run(try_out(snapshot.take(effective), environ))
+
+
+async def try_out(
+    taken: snapshot.Snapshot, environ: Mapping[str, str], *, import_only: bool = False
+) -> Verdict:
+    """The same of what `taken` is; with `import_only` without start-up and warm-up. Raises `OSError`."""
     with tempfile.TemporaryDirectory(prefix="segue-check-") as directory:
-        return asyncio.run(_check(taken, Instance(directory), environ))
+        return await _try_out(taken, Instance(directory), environ, import_only)
 
 
-async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[str, str]) -> Verdict:
-    spec = msgspec.structs.replace(taken.spec(instance, 1, 1), check_only=True)
+async def _try_out(
+    taken: snapshot.Snapshot, instance: Instance, environ: Mapping[str, str], import_only: bool
+) -> Verdict:
+    plain = taken.spec(instance, 1, 1)
+    spec = msgspec.structs.replace(plain, check_only=True, import_only=import_only, probe_path=None)
     relay = spawning.Relay.create()
     lifeline = spawning.Lifeline.create()
     notify = NotifySocket(instance.notify)
@@ -76,6 +85,8 @@ async def _check(taken: snapshot.Snapshot, instance: Instance, environ: Mapping[
             reason = f"was not ready within {timeout:g} s (ready-timeout); it was in {phase}"
         return Verdict(ok=False, reason=f"the worker {reason}", output=process.tail())
     finally:
+        if not ended.is_set():  # whoever asked is gone
+            process.kill()
         loop.remove_reader(process.pidfd)
         loop.remove_reader(notify.fileno())
         process.close()

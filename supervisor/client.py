@@ -11,10 +11,12 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from segue.handoff.http import CallError, Response, call
 from segue.handoff.messages import HOT
 from segue.supervisor.instance import Instance, InstanceError
+from segue.supervisor.operations import reached
 
 READ_TIMEOUT_S = 10.0
 _POLL_S = 20.0
@@ -46,22 +48,19 @@ def follow(
     operation: dict[str, Any],
     on_phase: Callable[[str], None],
     *,
-    drained: bool = False,
+    until: str = "serving",
     timeout_s: float | None = None,
 ) -> dict[str, Any]:
-    """Wait for an operation's outcome, telling each phase. Returns its last document; see ``outcome`` and ``drained``."""
+    """Wait for an operation to come so far, telling each phase. Returns its last document; see `operations.reached`."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
-        done = operation["outcome"] is not None and (
-            operation["outcome"] != "ok" or not drained or operation["drained"]
-        )
+        done = reached(operation, until)
         left = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
         if done or left <= 0:
             return operation
         on_phase(operation["phase"])
-        target = f"{HOT}/operations/{operation['id']}?wait={left:.3f}&phase={operation['phase'].replace(' ', '%20')}"
-        if drained:
-            target += "&until=drained"
+        phase = quote(operation["phase"])
+        target = f"{HOT}/operations/{operation['id']}?wait={left:.3f}&phase={phase}&until={until}"
         operation = _ask_again(instance, target, left + READ_TIMEOUT_S).json()
 
 

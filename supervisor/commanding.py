@@ -1,7 +1,8 @@
-"""What commands have in common: which instance they mean, how they ask it, and how they end when that fails."""
+"""What commands have in common: which instance they mean, how they ask it, and how they end."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -34,6 +35,19 @@ def instance_options(command: _F) -> _F:
     return command
 
 
+def waiting_options(command: _F) -> _F:
+    """Let a command that changes something say how long it waits, and how it tells."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON."),
+        click.option(
+            "--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most."
+        ),
+        click.option("--no-wait", is_flag=True, help="Return at once."),
+    ):
+        command = option(command)
+    return command
+
+
 def find(runtime_dir: str | None, name: str | None) -> Any:
     """The instance that is meant; ends the program if there is none, or there are several."""
     from segue.supervisor.instance import InstanceError
@@ -57,3 +71,60 @@ def ask(instance: Any, target: str) -> Any:
     if answer.status >= 400:
         fail(answer.json()["detail"], Status.REFUSED)
     return answer.json()
+
+
+def change(
+    instance: Any, target: str, no_wait: bool, timeout: float | None, as_json: bool, until: str = "serving"
+) -> dict[str, Any]:
+    """Ask for a change, show its phases, and end the program unless it was done."""
+    from segue.supervisor.client import follow, post
+    from segue.supervisor.instance import InstanceError
+    from segue.supervisor.terminal import Progress
+
+    try:
+        operation = post(instance, target)
+        if no_wait and operation["id"] is not None:
+            click.echo(
+                json.dumps(operation, indent=2) if as_json else f"operation {operation['id']} has begun"
+            )
+            sys.exit(Status.OK)
+        with Progress("waiting") as progress:
+            operation = follow(instance, operation, progress.say, until=until, timeout_s=timeout)
+    except InstanceError as error:
+        fail(str(error), Status.INSTANCE)
+    if as_json:
+        click.echo(json.dumps(operation, indent=2))
+    conclude(operation, until)
+    if as_json:
+        sys.exit(Status.OK)
+    return operation
+
+
+def conclude(operation: dict[str, Any], until: str = "serving") -> None:
+    """Tell an operation's outcome, and end the program unless it was done."""
+    from segue.supervisor.operations import reached
+
+    for note in operation.get("notes", ()):
+        click.echo(f"note: {note}", err=True)
+    if operation["outcome"] == "refused":
+        click.echo(f"refused: {operation['reason']}", err=True)
+        echo_output(operation["output"])
+        sys.exit(Status.REFUSED)
+    if operation["outcome"] == "rolled back":
+        click.echo(f"rolled back: {operation['reason']}", err=True)
+        sys.exit(Status.ROLLED_BACK)
+    if until == "probation" and operation["probation"] in {"kept", "stopped"}:
+        why = operation["reason"] or "segue was stopped before it was over"
+        click.echo(f"generation {operation['generation']} did not pass its probation: {why}", err=True)
+        sys.exit(Status.ROLLED_BACK)
+    if not reached(operation, until):
+        click.echo(f"still in phase {operation['phase']} (operation {operation['id']})", err=True)
+        sys.exit(Status.LATE)
+
+
+def echo_output(output: str) -> None:
+    """The last lines of a worker that did not start."""
+    if output:
+        click.echo("last lines of its output:", err=True)
+        for line in output.splitlines():
+            click.echo(f"    | {line}", err=True)

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from segue.handoff.browser import foreign, from_the_page, misdirected
 from segue.handoff.http import Request, Response, Router, json_response, problem, serve
 from segue.handoff.messages import HOT
-from segue.supervisor import dashboard
-from segue.supervisor.master import Master
+from segue.supervisor import dashboard, model
+from segue.supervisor.master import Manner, Master
 from segue.supervisor.metrics import scrape
-from segue.supervisor.operations import Operation
+from segue.supervisor.operations import UNTIL, Operation, reached
 from segue.supervisor.ring import KEPT, read_number
 from segue.supervisor.status import status
 from segue.supervisor.watching import Watching
@@ -29,6 +29,7 @@ EVENT_STREAM = "text/event-stream"
 _NOT_FOR_SERVICES = frozenset({"*", "wait", "until"})
 """Query parameters of a swap that are ours; the others are the service's."""
 DRAIN_MODES = ("reject", "queue")
+STRATEGIES = tuple(model.Strategy)
 _SESSION = "/session"
 _OPEN_TO_ALL = frozenset(
     {"/livez", "/readyz", "/metrics", f"{HOT}/status", f"{HOT}/watch", _SESSION, *dashboard.FILES}
@@ -59,6 +60,10 @@ class Control:
                 ("GET", f"{HOT}/logs"): self._logs,
                 ("POST", f"{HOT}/reload"): self._reload,
                 ("POST", f"{HOT}/reload/*"): self._swap,
+                ("POST", f"{HOT}/stage"): self._stage,
+                ("POST", f"{HOT}/promote"): self._promote,
+                ("POST", f"{HOT}/discard"): self._discard,
+                ("POST", f"{HOT}/rollback"): self._rollback,
                 ("POST", f"{HOT}/drain/start"): self._drain_start,
                 ("POST", f"{HOT}/drain/stop"): self._drain_stop,
                 ("POST", f"{HOT}/scale"): self._scale,
@@ -213,7 +218,7 @@ class Control:
         if operation is None:
             return problem(404, f"there is no operation {number}; the last 100 are kept")
         wait = _seconds(request, "wait", 0.0)
-        await operation.wait(wait, drained=_drained(request), phase=request.query.get("phase"))
+        await operation.wait(wait, until=_until(request), phase=request.query.get("phase"))
         return json_response(operation.document())
 
     async def _events(self, request: Request) -> Response:
@@ -268,7 +273,35 @@ class Control:
     # ------------------------------------------------------------------------------------------------ changing
 
     async def _reload(self, request: Request) -> Response:
-        return await self._ask(request, self._master.ask_reload)
+        manner = _manner(request)
+        return await self._ask(request, lambda by: self._master.ask_reload(by, manner))
+
+    async def _stage(self, request: Request) -> Response:
+        return await self._ask(request, lambda by: self._master.ask("stage", by, model.StageAsked))
+
+    async def _promote(self, request: Request) -> Response:
+        manner = _manner(request)
+        return await self._ask_of(
+            request, "promote", lambda operation, number: model.PromoteAsked(operation, number, *manner)
+        )
+
+    async def _discard(self, request: Request) -> Response:
+        return await self._ask_of(request, "discard", model.DiscardAsked)
+
+    async def _rollback(self, request: Request) -> Response:
+        return await self._ask_of(request, "rollback", model.RollbackAsked)
+
+    async def _ask_of(
+        self, request: Request, kind: str, event: Callable[[int, int | None], model.Event]
+    ) -> Response:
+        """Ask for something that is about one generation."""
+        text = request.query.get("generation")
+        if text is not None and not text.isdecimal():
+            return problem(400, f"{kind} takes ?generation=ID, not {text!r}")
+        number = None if text is None else int(text)
+        return await self._ask(
+            request, lambda by: self._master.ask(kind, by, lambda operation: event(operation, number))
+        )
 
     async def _swap(self, request: Request) -> Response:
         if len(self._master.state.swaps_queued) >= MAX_SWAPS_WAITING:
@@ -313,21 +346,21 @@ class Control:
 
     async def _ask(self, request: Request, ask: Callable[[str], Operation]) -> Response:
         wait = _seconds(request, "wait", MAX_WAIT_S)
-        drained = _drained(request)
+        until = _until(request)
         operation = ask(_who(request))
         location = {"Location": f"{HOT}/operations/{operation.number}"}
         if wait == 0:
             return json_response(operation.document(), 202, location)
-        await operation.wait(wait, drained=drained)
+        await operation.wait(wait, until=until)
         document = operation.document()
-        if operation.ok is None or (operation.ok and drained and not operation.drained):
+        if not reached(document, until):
             return problem(
                 504,
                 f"the {operation.kind} goes on (phase {operation.phase}); {location['Location']} tells its outcome",
                 location,
                 operation=document,
             )
-        if not operation.ok:
+        if operation.outcome != "ok":
             return problem(
                 operation.code, operation.reason, location, **operation.details, operation=document
             )
@@ -357,11 +390,27 @@ def _seconds(request: Request, key: str, default: float) -> float:
     return value
 
 
-def _drained(request: Request) -> bool:
-    until = request.query.get("until", "serving")
-    if until not in {"serving", "drained"}:
-        raise ValueError(f"?until= takes serving or drained, not {until!r}")
-    return until == "drained"
+def _manner(request: Request) -> Manner:
+    """How one generation shall take over from another, where it isn't to be as the settings say."""
+    strategy, canary = request.query.get("strategy"), request.query.get("canary")
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"?strategy= takes {', '.join(STRATEGIES)}, not {strategy!r}")
+    if canary is not None and not (canary.isdecimal() and int(canary) <= MAX_WORKERS):
+        raise ValueError(f"?canary= takes a number of workers from 0 to {MAX_WORKERS}, not {canary!r}")
+    if canary not in {None, "0"} and strategy not in {None, model.Strategy.SURGE}:
+        raise ValueError(f"a canary and the strategy {strategy} contradict each other: leave one of them out")
+    return Manner(
+        None if strategy is None else model.Strategy(strategy),
+        None if canary is None else int(canary),
+        _seconds(request, "canary-for", 0.0) if "canary-for" in request.query else None,
+    )
+
+
+def _until(request: Request) -> str:
+    until = request.query.get("until", UNTIL[0])
+    if until not in UNTIL:
+        raise ValueError(f"?until= takes {', '.join(UNTIL)}, not {until!r}")
+    return until
 
 
 def _check_token(request: Request, token: str | None) -> Response | None:

@@ -15,6 +15,8 @@ class Status(enum.IntEnum):
     """Flags, environment or settings file are wrong; nothing was done."""
     NOT_STARTED = 3
     """``serve``: the first generation did not start. ``check``: it would not."""
+    ROLLED_BACK = 4
+    """The new generation did not pass its probation. It was taken back, or the message says why it could not be."""
     INSTANCE = 5
     """There is no such instance, several fit, it isn't yours, or it runs already."""
     LATE = 6
@@ -23,6 +25,11 @@ class Status(enum.IntEnum):
 
 EPILOG = (
     "Exit status: 0 done; 1 refused or failed, state unchanged; 2 wrong flags or settings; "
+    "5 no such instance, several fit, or not yours; 6 --timeout passed, the operation goes on."
+)
+DEPLOY_EPILOG = (
+    "Exit status: 0 done; 1 refused or failed, state unchanged; 2 wrong flags or settings; "
+    "4 the new generation did not pass its probation and was taken back (or, as the message says, could not be); "
     "5 no such instance, several fit, or not yours; 6 --timeout passed, the operation goes on."
 )
 SERVE_EPILOG = (

@@ -13,9 +13,9 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping, MutableMapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -32,9 +32,11 @@ from segue.supervisor import (
     upgrade,
 )
 from segue.supervisor import settings as config
+from segue.supervisor.check import Verdict, try_out
 from segue.supervisor.code import Changes, compare
 from segue.supervisor.code import read as read_code
 from segue.supervisor.exits import Status
+from segue.supervisor.history import RESTART, START, History, name_of
 from segue.supervisor.journal import Journal
 from segue.supervisor.listening import Listening
 from segue.supervisor.log import Log
@@ -43,7 +45,7 @@ from segue.supervisor.mastership import snapshots as recalled
 from segue.supervisor.operations import Operation, Operations
 from segue.supervisor.ring import Ring
 from segue.supervisor.snapshot import Snapshot
-from segue.supervisor.systemd import ServiceManager
+from segue.supervisor.systemd import PROGRESS_S, ServiceManager
 from segue.supervisor.timeline import Timeline
 from segue.supervisor.totals import Totals
 from segue.supervisor.workers import Workers
@@ -53,10 +55,6 @@ if TYPE_CHECKING:
 
 LATE_S = 1.0
 """A timer that fires later than this says that the master itself did not run."""
-START = "start"
-"""Who asked for the first generation."""
-RESTART = "restart"
-"""Who asked for the generation that follows on those that a restart of the unit has left."""
 EXECUTE = "execute"
 """The last phase of an upgrade: the old master ends in it, the new one begins."""
 FLUSH_S = 1.0
@@ -87,9 +85,15 @@ def _leave_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-def _name(operation: Operation) -> str:
-    """What people call it."""
-    return operation.asked_by if operation.asked_by in {START, RESTART} else operation.kind
+class Manner(NamedTuple):
+    """How a generation shall take over from another; None: as its settings say."""
+
+    strategy: model.Strategy | None = None
+    canary: int | None = None
+    canary_for: float | None = None
+
+
+AS_SET = Manner()
 
 
 class Master:
@@ -121,7 +125,10 @@ class Master:
         self._events: deque[model.Event] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._history = History(self.operations, log, self._service)
         self._said_ready = False
+        self._retreated: set[int] = set()
+        """Generations that have stopped accepting, and whose own listeners may still be needed."""
         self._upgrading: Operation | None = None
         self._deposed = False
         self.sockets: dict[str, int] = {}
@@ -262,9 +269,9 @@ class Master:
         if not self._said_ready and self._service.has_started_us:
             self._start_task(self._end_strays())
         self._said_ready = True
-        last = self.operations.last("reload", 1)
-        if last and last[0].ok is False:
-            status += f"; the last {_name(last[0])} was refused: {last[0].reason}"
+        last = [each for each in self.operations.deploys() if each.kind == "reload"]
+        if last and last[-1].ok is False:
+            status += f"; the last {name_of(last[-1])} was refused: {last[-1].reason}"
         self._service.ready(status)
 
     async def _end_strays(self) -> None:
@@ -319,7 +326,9 @@ class Master:
         self.timeline.note(self.state)
         self._record()  # before anybody is told: what an effect begins must be known if it is cut short
         if isinstance(event, model.HandingOver) and not event.error:
-            self._handed_over(event.generation)
+            self._retreated.add(event.generation)
+        if self._retreated:
+            self._refuse_unused()
         for effect in effects:
             self._execute(effect)
         if effects:
@@ -391,12 +400,18 @@ class Master:
 
     # --------------------------------------------------------------------------------------------- what is asked
 
-    def ask_reload(self, asked_by: str, overtakes: bool = False) -> Operation:
+    def ask_reload(self, asked_by: str, manner: Manner = AS_SET, overtakes: bool = False) -> Operation:
         """Ask for a new generation; with `overtakes` instead of one that is still being started."""
-        operation = self.operations.create("reload", asked_by)
         if self._said_ready:
             self._service.reloading(f"a new generation is being started, asked for by {asked_by}")
-        self.put(model.ReloadAsked(operation.number, overtakes=overtakes))
+        return self.ask(
+            "reload", asked_by, lambda number: model.ReloadAsked(number, *manner, overtakes=overtakes)
+        )
+
+    def ask(self, kind: str, asked_by: str, event: Callable[[int], model.Event]) -> Operation:
+        """Ask for what `event` says, made with the operation's number."""
+        operation = self.operations.create(kind, asked_by)
+        self.put(event(operation.number))
         return operation
 
     def _on_save(self, what: str) -> None:
@@ -416,15 +431,11 @@ class Master:
 
     def ask_scale(self, asked_by: str, count: int) -> Operation:
         """Ask for `count` workers."""
-        operation = self.operations.create("scale", asked_by)
-        self.put(model.ScaleAsked(operation.number, count=count))
-        return operation
+        return self.ask("scale", asked_by, lambda number: model.ScaleAsked(number, count=count))
 
     def ask_drain(self, asked_by: str, mode: str | None) -> Operation:
         """Begin the operator's drain in `mode`, or end it."""
-        operation = self.operations.create("drain", asked_by)
-        self.put(model.DrainAsked(operation.number, mode))
-        return operation
+        return self.ask("drain", asked_by, lambda number: model.DrainAsked(number, mode))
 
     def ask_swap(self, asked_by: str, service: str, query: dict[str, str]) -> Operation:
         """Ask for another instance of a service in every worker of the current generation."""
@@ -434,9 +445,7 @@ class Master:
 
     def ask_stop(self, asked_by: str, at_once: bool = False) -> Operation:
         """Ask for the end of the instance."""
-        operation = self.operations.create("stop", asked_by)
-        self.put(self._stop_event(operation.number, at_once))
-        return operation
+        return self.ask("stop", asked_by, lambda number: self._stop_event(number, at_once))
 
     def _on_hup(self) -> None:
         self.log("info", "signal", signal="SIGHUP")
@@ -500,7 +509,7 @@ class Master:
         if state.stopping is not None:
             return "segue is stopping"
         if state.changing or state.queued or state.current is None:
-            return "a reload is running; try again when it has ended"
+            return "a generation is being started or promoted; try again when that has ended"
         if state.swap is not None or state.swaps_queued:
             return "a service is being swapped; try again when that has ended"
         if state.scaling is not None or state.scale_queued is not None or state.drain_change is not None:
@@ -549,7 +558,7 @@ class Master:
                 self.workers.swap(effect)
             case model.Command(generation):
                 names = [listener.info.name for listener in self._listeners()]
-                self.workers.command(effect, names, self.state.generations[generation].target)
+                self.workers.command(effect, names, self._siblings(generation))
             case model.Kill(generation, worker, now):
                 self.workers.kill((generation, worker), now)
             case model.Progress(operations, phase):
@@ -557,18 +566,23 @@ class Master:
                     if (operation := self.operations.get(number)) is not None:
                         operation.progress(phase)
                 self._service.progress()
+                promote = self.state.promote
+                if promote is not None and promote.until is not None:  # a canary takes its time
+                    self._service.extend(promote.until - time.monotonic() + PROGRESS_S)
             case model.Settle(number):
                 self._settle(effect)
                 if (operation := self.operations.get(number)) is not None:
                     self._announce(operation)
+            case model.Check(generation):
+                self._start_task(self._check(generation))
             case model.Promoted(generation, previous):
                 self._promoted(generation, previous)
+            case model.RolledBack():
+                self._history.rolled_back(effect)
+            case model.ProbationEnded():
+                self._history.probation_ended(effect)
             case model.AllDrained(generation):
-                for operation in self.operations.last("reload", 50):
-                    if operation.ok and operation.generation == generation:
-                        operation.mark_drained()
-                        if operation.asked_by != START:
-                            self.log("info", "drained", replaced_by=generation, operation=operation.number)
+                self._history.drained(generation)
             case model.Released(generation, failed):
                 self._release(generation, failed)
             case model.Say(level, event, fields):
@@ -577,6 +591,19 @@ class Master:
             case model.Exit(status):
                 self.exit_status = status
                 self.log("info", "exit", status=status)
+
+    def _siblings(self, number: int) -> int:
+        """How many workers share the load with one of this generation, itself included."""
+        generation = self.state.generations[number]
+        return generation.target + (generation.state is model.GenerationState.MIXED)
+
+    async def _check(self, generation: int) -> None:
+        """Before the old generation is ended for it: can the new one's code be imported at all?"""
+        try:
+            verdict = await try_out(self.snapshots[generation], self._environ, import_only=True)
+        except OSError as error:
+            verdict = Verdict(ok=False, reason=f"it can't be checked: {error}")
+        self.put(model.Checked(generation, verdict.reason, verdict.output))
 
     async def _prepare(self, generation: int) -> None:
         try:
@@ -622,7 +649,7 @@ class Master:
         if last is not None and old is not None:
             keys = config.differing(old.settings, taken.settings)
             self.changes[generation] = compare(last, code, keys)
-        for operation in self.operations.last("reload", 50):
+        for operation in self.operations.deploys():
             self._tell_code(operation)
         self._record()
 
@@ -657,28 +684,17 @@ class Master:
 
     def _settle(self, effect: model.Settle) -> None:
         operation = self.operations.get(effect.operation)
-        if operation is None:
-            return
-        operation.settle(effect)
-        self._tell_code(operation)
-        self.totals.operation_ended(operation)
-        level = "info" if effect.ok else "error"
-        fields = {
-            "operation": operation.number,
-            "asked_by": operation.asked_by,
-            "reason": effect.reason or None,
-        }
-        outcome = "ok" if effect.ok else "refused"
-        self.log(
-            level,
-            _name(operation),
-            outcome=outcome,
-            generation=effect.generation,
-            seconds=sum(operation.phases.values()),
-            **fields,
-            service=operation.service or None,
-            output=effect.output,
-        )
+        if (
+            operation is not None
+            and operation.kind == "stage"
+            and effect.ok
+            and effect.generation is not None
+        ):
+            effect = msgspec.structs.replace(effect, result={"probes": self._probes(effect.generation)})
+        self._history.settled(effect, self.state)
+        if operation is not None:
+            self._tell_code(operation)
+            self.totals.operation_ended(operation)
 
     def _announce(self, operation: Operation) -> None:
         """Tell the service manager of a reload's outcome: once, after the last of those that wait.
@@ -703,6 +719,13 @@ class Master:
             self._ready_due = False
             self._ready(f"generation {self.state.current} serves" if self.state.current else "nothing serves")
 
+    def _probes(self, generation: int) -> list[dict[str, Any]]:
+        """The private sockets on which a generation's application can be asked."""
+        workers = [worker for number, worker in self.workers.children if number == generation]
+        return [
+            {"worker": worker, "socket": self.instance.probe_socket(generation, worker)} for worker in workers
+        ]
+
     def _promoted(self, generation: int, previous: int | None) -> None:
         taken = self.snapshots[generation]
         self.token = taken.token
@@ -716,15 +739,22 @@ class Master:
             self.log("info", "listening", address=listener.info.address)
         self.log("info", "promoted", generation=generation, previous=previous, fingerprint=taken.fingerprint)
 
-    def _handed_over(self, generation: int) -> None:
-        """The old generation has stopped accepting: what only it listened on is refused from now on."""
-        old = self.snapshots.get(generation)
-        if old is None or generation == self.state.current:
-            return
-        current = self._listeners()
-        for address in self._listening.refuse(each for each in old.listeners if each not in current):
-            self.log("info", "closed", address=address)
-        self._close_unused()
+    def _refuse_unused(self) -> None:
+        """A generation has stopped accepting and can't be had again: what only it listened on is refused from now on."""
+        wanted = self.state.may_serve
+        for number in self._retreated - wanted:
+            self._retreated.discard(number)
+            old = self.snapshots.get(number)
+            if old is None:
+                continue
+            kept = {
+                each.bind
+                for other in wanted & self.snapshots.keys()
+                for each in self.snapshots[other].listeners
+            }
+            for address in self._listening.refuse(each for each in old.listeners if each.bind not in kept):
+                self.log("info", "closed", address=address)
+            self._close_unused()
 
     def _release(self, generation: int, failed: bool) -> None:
         self.timeline.ended(generation, failed)

@@ -9,15 +9,33 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from segue.supervisor.model import Settle
 
 _KEPT = 100
 """How many ended operations can still be asked for."""
-_REMEMBERED = frozenset({"reload", "upgrade"})
+DEPLOYS = frozenset({"reload", "stage", "promote", "discard", "rollback"})
+"""What makes one generation follow on another: the history of an instance."""
+_PROMOTING = frozenset({"reload", "promote", "rollback"})
+_REMEMBERED = DEPLOYS | {"upgrade"}
 _REMEMBERED_COUNT = 20
 _MAX_OUTPUT_CHARS = 2000
+
+
+UNTIL = ("serving", "drained", "probation")
+"""How far an operation can be waited for. A new generation serves; nothing is left to finish in those that it took over
+from (they have ended, or are parked); it has passed its probation."""
+
+
+def reached(operation: Mapping[str, Any], until: str) -> bool:
+    """Whether an operation, as its `Operation.document`, has come so far, or to another end."""
+    if operation["outcome"] != "ok":
+        return operation["outcome"] is not None
+    if until == "drained":
+        return bool(operation["drained"])
+    return until != "probation" or operation["probation"] != "running"
 
 
 class Operation:
@@ -46,16 +64,32 @@ class Operation:
         self.changes: dict[str, Any] | None = None
         """And how that differs from what served before."""
         self.drained = False
+        self.probation: str | None = None
+        """``running``, or how it ended (`segue.supervisor.model.Outcome`); None where there is none."""
+        self.rolled_back: dict[str, Any] | None = None
+        """If it was done and taken back since: when (``at``), to which generation (``to``), and why (``reason``)."""
         self.notes: list[str] = []
         self._phase_began = time.monotonic()
         self._changed = asyncio.Event()
 
     @property
     def state(self) -> str:
-        """``running``, ``succeeded`` or ``refused``."""
+        """``running``, ``succeeded``, ``refused`` or ``rolled back``."""
+        return {None: "running", "ok": "succeeded"}.get(self.outcome, self.outcome or "")
+
+    @property
+    def promotes(self) -> bool:
+        """Whether it makes a generation serve."""
+        return self.kind in _PROMOTING
+
+    @property
+    def outcome(self) -> str | None:
+        """``ok``, ``refused``, ``rolled back``, or None as long as it runs."""
         if self.ok is None:
-            return "running"
-        return "succeeded" if self.ok else "refused"
+            return None
+        if self.rolled_back is not None:
+            return "rolled back"
+        return "ok" if self.ok else "refused"
 
     def progress(self, phase: str) -> None:
         """It has come to `phase`."""
@@ -73,7 +107,7 @@ class Operation:
         self.ok, self.reason, self.output = outcome.ok, outcome.reason, outcome.output
         self.generation, self.result = outcome.generation, outcome.result
         self.code, self.details = outcome.code, outcome.details
-        self.phase = "serving" if outcome.ok and self.kind == "reload" else "ended"
+        self.phase = "serving" if outcome.ok and self.promotes else "ended"
         self.ended = time.time()
         self._notify()
 
@@ -81,6 +115,22 @@ class Operation:
         """What it replaced has ended, too."""
         self._close_phase("drain")
         self.drained, self.phase = True, "drained"
+        self._notify()
+
+    def begin_probation(self) -> None:
+        """What it has promoted is watched from now on."""
+        self.probation = "running"
+
+    def end_probation(self, outcome: str, reason: str = "") -> None:
+        """It is watched no more; `reason` says what was found wrong, if it serves on all the same."""
+        self.probation, self.reason = outcome, reason or self.reason
+        self._notify()
+
+    def roll_back(self, to: int | None, reason: str) -> None:
+        """What it has promoted was taken back."""
+        self.rolled_back = {"at": time.time(), "to": to, "reason": reason}
+        self.reason = reason
+        self.probation = None if self.probation is None else "rolled back"
         self._notify()
 
     def _close_phase(self, name: str | None = None) -> None:
@@ -94,10 +144,10 @@ class Operation:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def wait(self, seconds: float, *, drained: bool = False, phase: str | None = None) -> None:
-        """Return when it has ended (or, asked for, is drained; or is no longer in `phase`), or after `seconds`."""
+    async def wait(self, seconds: float, *, until: str = "serving", phase: str | None = None) -> None:
+        """Return when it has come so far (or, asked for, is no longer in `phase`), or after `seconds`."""
         deadline = time.monotonic() + seconds
-        while not self._reached(drained, phase):
+        while not (phase is not None and self.phase != phase) and not reached(self.document(), until):
             left = deadline - time.monotonic()
             if left <= 0:
                 return
@@ -107,18 +157,15 @@ class Operation:
             except TimeoutError:
                 return
 
-    def _reached(self, drained: bool, phase: str | None) -> bool:
-        if phase is not None and self.phase != phase:
-            return True
-        return self.ok is False or (self.ok is True and (self.drained or not drained))
-
     @classmethod
     def restore(cls, document: dict[str, Any]) -> Operation:
         """One that an earlier master has told of in this form. Raises `KeyError`."""
         operation = cls(document["id"], document["kind"], document["asked_by"], document.get("service", ""))
         operation.started, operation.ended = document["started"], document["ended"]
         operation.phase, operation.phases = document["phase"], document["phases"]
-        operation.ok = None if document["outcome"] is None else document["outcome"] == "ok"
+        operation.ok = None if document["outcome"] is None else document["outcome"] != "refused"
+        operation.probation, operation.rolled_back = document.get("probation"), document.get("rolled_back")
+        operation.result = document.get("result")
         operation.reason, operation.output = document["reason"], document["output"]
         operation.generation, operation.drained = document["generation"], document["drained"]
         operation.notes = document["notes"]
@@ -136,11 +183,13 @@ class Operation:
             "asked_by": self.asked_by,
             "started": self.started,
             "ended": self.ended,
-            "outcome": None if self.ok is None else ("ok" if self.ok else "refused"),
+            "outcome": self.outcome,
             "reason": self.reason,
             "output": self.output,
             "generation": self.generation,
             "drained": self.drained,
+            "probation": self.probation,
+            "rolled_back": self.rolled_back,
             "phases": self.phases,
             **({"service": self.service} if self.service else {}),
             **({"code": self.generation_code, "changes": self.changes} if self.generation_code else {}),
@@ -166,7 +215,7 @@ class Operations:
         """Documents of those that the next master should know of, cut to a size that is fit to be written down."""
         kept = [o for number in self._order if (o := self._by_number[number]).kind in _REMEMBERED]
         return {
-            o.number: o.document() | {"output": o.output[-_MAX_OUTPUT_CHARS:]}
+            o.number: o.document() | {"output": o.output[-_MAX_OUTPUT_CHARS:], "result": o.result}
             for o in kept[-_REMEMBERED_COUNT:]
         }
 
@@ -197,6 +246,11 @@ class Operations:
         """The one with this number, if it is still known."""
         return self._by_number.get(number)
 
-    def last(self, kind: str, count: int) -> list[Operation]:
-        """The last `count` of a kind, newest last."""
-        return [o for n in self._order if (o := self._by_number[n]).kind == kind][-count:]
+    def deploys(self, count: int = _KEPT) -> list[Operation]:
+        """The last `count` of `DEPLOYS`, newest last."""
+        return [o for n in self._order if (o := self._by_number[n]).kind in DEPLOYS][-count:]
+
+    def promoting(self, generation: int) -> list[Operation]:
+        """Those that have made this generation serve, the last time that it did."""
+        made = [o for o in self.deploys() if o.promotes and o.ok and o.rolled_back is None]
+        return [o for o in made if o.generation == generation]

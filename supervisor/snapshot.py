@@ -13,7 +13,7 @@ from segue.handoff.messages import RecycleLimits, ServiceRecord, WorkerSpec
 from segue.supervisor import settings as config
 from segue.supervisor.fingerprint import fingerprint
 from segue.supervisor.instance import Instance
-from segue.supervisor.model import Limits
+from segue.supervisor.model import Limits, Strategy
 from segue.supervisor.spawning import resolve_interpreter
 
 STDERR = 2
@@ -50,7 +50,21 @@ class Snapshot(msgspec.Struct, frozen=True):
             drain_timeout=settings.drain_timeout,
             stop_timeout=settings.timeout_graceful_shutdown,
             heartbeat_timeout=settings.heartbeat_timeout,
+            park_for=self._park_for,
+            probation=settings.probation,
+            probation_5xx=settings.probation_5xx,
+            strategy=Strategy(settings.strategy),
+            replace_timeout=settings.replace_timeout,
+            canary=settings.canary or 0,
+            canary_for=settings.canary_for,
         )
+
+    @property
+    def _park_for(self) -> float:
+        settings = self.settings
+        if settings.strategy == Strategy.REPLACE:
+            return 0.0  # what can't run twice can't be kept beside the next one
+        return settings.probation if settings.park_for is None else settings.park_for
 
     def fingerprint_now(self) -> str:
         """The fingerprint of what is on disk at this moment. Reads files: not for the event loop."""

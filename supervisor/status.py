@@ -51,6 +51,7 @@ async def status(master: Master) -> dict[str, Any]:
             if generation == state.current and isinstance(answer, WorkerStatus) and answer.mode in _COUNTED
         ),
         "current": state.current,
+        "probation": _probation(master),
         "generations": [_generation(master, number, told) for number in sorted(state.generations)],
         "master": {
             "pid": os.getpid(),
@@ -61,7 +62,7 @@ async def status(master: Master) -> dict[str, Any]:
             "rss_bytes": process.memory_info().rss,
             "descriptors": process.num_fds(),
         },
-        "reloads": [_reload(o.document()) for o in master.operations.last("reload", _RELOADS_SHOWN)],
+        "reloads": [_reload(o.document()) for o in master.operations.deploys(_RELOADS_SHOWN)],
         "timeline": master.timeline.document(),
         "listeners": listeners(master),
     }
@@ -75,6 +76,22 @@ async def services_of_current(master: Master) -> dict[str, Any]:
     told = [each for each in answers if isinstance(each, WorkerStatus) and each.mode in _COUNTED]
     services: dict[str, Any] = merge(each.services for each in told)["services"]
     return services
+
+
+def _probation(master: Master) -> dict[str, Any] | None:
+    """The watch over the current generation, or over a canary, while there is one."""
+    watch = master.state.probation
+    if watch is None:
+        return None
+    traffic = master.state.generations[watch.generation].traffic
+    return {
+        "generation": watch.generation,
+        "previous": watch.previous,
+        "until": _wall(watch.until),
+        "responses": traffic.responses - watch.since[0],
+        "errors": traffic.errors - watch.since[1],
+        "breach": watch.breach,
+    }
 
 
 def listeners(master: Master) -> list[dict[str, Any]]:
@@ -110,6 +127,8 @@ def _generation(
         "workers_wanted": generation.target,
         "workers_missing": generation.missing,
         "reason": generation.reason,
+        "warm_until": _wall_or_none(generation.warm_until),
+        "kept_until": _wall_or_none(generation.kept_until),
         "workers": [
             _worker(master, number, worker.id, str(worker.state), told.get((number, worker.id), "not asked"))
             for worker in generation.workers.values()
@@ -136,8 +155,12 @@ def _worker(
 def _reload(document: dict[str, Any]) -> dict[str, Any]:
     return {
         "number": document["id"],
-        **{key: value for key, value in document.items() if key not in {"id", "kind"}},
+        **{key: value for key, value in document.items() if key != "id"},
     }
+
+
+def _wall_or_none(monotonic: float | None) -> float | None:
+    return None if monotonic is None else _wall(monotonic)
 
 
 def _wall(monotonic: float) -> float:

@@ -39,6 +39,10 @@ class ServiceManager:
         """The first generation serves; or a reload has ended, well or not."""
         self._send({"READY": 1, "STATUS": status})
 
+    def status(self, status: str) -> None:
+        """What there is to know."""
+        self._send({"STATUS": status})
+
     def reloading(self, status: str) -> None:
         """A reload has begun: the time stamp must be taken after the signal arrived. `ready` must follow."""
         stamp = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000

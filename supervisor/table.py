@@ -36,7 +36,7 @@ def status_table(document: dict[str, Any]) -> str:
             rows.append(
                 [
                     str(generation["id"]),
-                    generation["state"] + ("" if not generation["workers_missing"] else " (short)"),
+                    _state(generation, document["probation"]),
                     str(generation["fingerprint"] or ""),
                     *_worker_cells(worker),
                 ]
@@ -45,7 +45,9 @@ def status_table(document: dict[str, Any]) -> str:
     if document["reloads"]:
         lines += [
             "",
-            *_columns(["RELOAD", "ASKED BY", "OUTCOME", "SECONDS", "REASON"], _reload_rows(document)),
+            *_columns(
+                ["#", "WHAT", "GEN", "ASKED BY", "OUTCOME", "SECONDS", "REASON"], _reload_rows(document)
+            ),
         ]
     return "\n".join(lines)
 
@@ -56,6 +58,22 @@ def _code(generation: dict[str, Any]) -> str:
     python = f", Python {code['python']}" if code["python"] else ""
     line = f"code     {generation['id']}: {code['title']}{python}, {len(code['distributions'])} distributions"
     return f"{line}; changed: {generation['changes']['summary']}" if generation["changes"] else line
+
+
+def _state(generation: dict[str, Any], probation: dict[str, Any] | None) -> str:
+    """A generation's, with what there is to know of how long it lasts."""
+    notes = ["short"] if generation["workers_missing"] else []
+    if probation is not None and probation["generation"] == generation["id"]:
+        notes.append(f"probation, {_left(probation['until'])}")
+    if generation["state"] in {"draining", "parked"} and generation["kept_until"] is not None:
+        warm = generation["state"] == "draining" or generation["workers"]
+        notes.append(f"{'' if warm else 'cold, '}can be taken back, {_left(generation['kept_until'])}")
+    state: str = generation["state"]
+    return state + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _left(until: float) -> str:
+    return f"{max(0.0, until - time.time()):.0f} s"
 
 
 def orphan_table(workers: Iterable[dict[str, Any]]) -> str:
@@ -92,6 +110,8 @@ def _reload_rows(document: dict[str, Any]) -> list[list[str]]:
     return [
         [
             str(reload["number"]),
+            reload["kind"],
+            _text(reload["generation"]),
             reload["asked_by"],
             reload["outcome"] or f"running ({reload['phase']})",
             f"{sum(reload['phases'].values()):.2f}",

@@ -30,6 +30,8 @@ _STYLES = {
     "killed": "red",
     "failed": "red",
     "refused": "red",
+    "rolled back": "red",
+    "mixed": "cyan",
     "NOT READY": "red",
 }
 

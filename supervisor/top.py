@@ -189,13 +189,19 @@ def _workers(document: dict[str, Any]) -> Table:
 
 
 def _reloads(document: dict[str, Any]) -> Table:
-    table = _table("RELOAD", "ASKED BY", "OUTCOME", "SECONDS")
+    table = _table("#", "WHAT", "GEN", "ASKED BY", "OUTCOME", "SECONDS")
     table.add_column("REASON", ratio=1, no_wrap=True, overflow="ellipsis")
     for reload in reversed(document["reloads"][-_RELOADS:]):
         outcome = reload["outcome"] or f"running ({reload['phase']})"
         seconds = sum(s for phase, s in reload["phases"].items() if phase not in {"queued", "drain"})
         table.add_row(
-            str(reload["number"]), reload["asked_by"], _state(outcome), f"{seconds:.2f}", reload["reason"]
+            str(reload["number"]),
+            reload["kind"],
+            str(reload["generation"] or "-"),
+            reload["asked_by"],
+            _state(outcome),
+            f"{seconds:.2f}",
+            reload["reason"],
         )
     return table
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from http import HTTPStatus
@@ -32,6 +33,7 @@ _ANSWERS: dict[Verb, type[model.WorkerEvent]] = {
     Verb.ACTIVATE: model.Activated,
     Verb.QUIET: model.Quieted,
     Verb.HAND_OVER: model.HandingOver,
+    Verb.PARK: model.Parked,
     Verb.STOP: model.StopTaken,
     Verb.DRAIN: model.DrainTold,
     Verb.SERVICES_DEACTIVATE: model.ServicesDeactivated,
@@ -45,6 +47,7 @@ _SWAP_PATHS = {
 
 _FAILED_KEPT = 16
 """Of so many workers that did not start it is kept what they printed."""
+_COUNTS = re.compile(r"(\d{1,18}) (\d{1,18})")
 _MOST_S = 366 * 86400.0
 _DEATH_FOLLOWS_S = 0.5
 """How long after a broken call its process is given to be seen to have ended."""
@@ -331,6 +334,8 @@ class Workers:
                 self._put(ready)
         if (why := fields.get(NotifyKey.RECYCLE)) is not None:
             self._put(model.WorkerAsks(*key, why))
+        if (counts := _COUNTS.fullmatch(fields.get(NotifyKey.RESPONSES, ""))) is not None:
+            self._put(model.ResponsesCounted(*key, int(counts[1]), int(counts[2])))
         drained = fields.get(NotifyKey.STATE) == WorkerMode.DRAINED
         self._put(model.WorkerDrained(*key) if drained else model.WorkerBeat(*key))
 
@@ -347,12 +352,14 @@ def _seconds(text: str | None) -> float | None:
 def _target(effect: model.Command, listeners: Iterable[str], siblings: int) -> str:
     match effect.verb:
         case Verb.ACTIVATE:
-            return f"{HOT}/activate?workers={siblings}"
+            return f"{HOT}/activate?workers={siblings}&watch={effect.watch:g}"
         case Verb.QUIET:
             return f"{HOT}/drain/start?mode=handover&send=0"
         case Verb.HAND_OVER:
             names = ",".join(listeners)
             return f"{HOT}/drain/start?mode=handover&timeout={effect.budget:g}&listeners={names}"
+        case Verb.PARK:
+            return f"{HOT}/park?for={effect.budget:g}"
         case Verb.STOP:
             return f"{HOT}/stop?timeout={effect.budget:g}"
         case Verb.SERVICES_ACTIVATE:

@@ -175,7 +175,7 @@ class Segue:
         return self
 
     def wait_notified(self, key: str, value: str, timeout: float = DEADLINE_S) -> dict[str, str]:
-        """Wait for a datagram in which `key` is `value`."""
+        """Wait for a datagram in which `key` is `value` (a regular expression)."""
         pidfd = os.pidfd_open(self.process.pid)
         try:
             deadline = time.monotonic() + timeout
@@ -187,7 +187,7 @@ class Segue:
                         line.split("=", 1) for line in self._notify.recv(8192).decode().splitlines()
                     )
                     self._states.append(fields)
-                    if fields.get(key) == value:
+                    if re.fullmatch(value, fields.get(key, "")):
                         return fields
                 elif pidfd in ready:
                     status = self.process.wait()

@@ -158,8 +158,9 @@ def test_every_asker_gets_the_outcome_of_the_reload_that_covers_it(application, 
         for thread in others:
             thread.start()
         master.wait_status(lambda s: sum(r["phase"] == "queued" for r in s["reloads"]) == 5)
-        application("3")
-        gate.write_text("go")
+        with gate.open("w") as opened:  # once it is read: generation 2 has its code
+            application("3")
+            opened.write("go")
         for thread in [first, *others]:
             thread.join()
         assert [code for code, _ in answers] == [200] * 6
@@ -253,10 +254,11 @@ def test_a_changed_bind_opens_the_new_listener_and_closes_the_old(application, t
     settings = directory / "segue.toml"
     old, new = tmp_path / "old.sock", tmp_path / "new.sock"
     settings.write_text(f'bind = ["unix:{old}"]\n')
-    with supervised("shop:app", cwd=directory, bind=False) as master:
+    with supervised("shop:app", "--park-for", "1", "--probation", "0", cwd=directory, bind=False) as master:
         settings.write_text(f'bind = ["unix:{new}"]\n')
         master.reload("--wait", "drained")
         assert [listener["address"] for listener in master.status()["listeners"]] == [f"unix:{new}"]
+        master.wait_status(lambda s: len(s["generations"]) == 1)
         assert not old.exists()
         assert new.exists()
         master.stop()
@@ -268,7 +270,7 @@ def test_several_old_generations_drain_at_once(application) -> None:
         clients = []
         for version in ("2", "3", "4"):
             client = Client(master.port)
-            client.connection.request("GET", "/sse?n=2&ms=1500")
+            client.connection.request("GET", "/sse?n=2&ms=5000")
             response = client.connection.getresponse()
             response.read(9)
             clients.append((client, response))

@@ -121,6 +121,8 @@ def _run(
     enter(host)
     services = Hosted(host)
     config = _configure(spec.app or _BUILTIN, options)
+    if spec.import_only:
+        return 0
     loop_factory = _explained("the event loop can't be made", config.get_loop_factory)
 
     async def run() -> int:

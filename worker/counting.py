@@ -75,6 +75,17 @@ class Counting:
             leases=self._services.leases(),
         )
 
+    def answered(self) -> tuple[int, int]:
+        """How many public responses the application has given, and how many of them were 5xx."""
+        assert self._responses is not None
+        classes = self._responses.classes
+        return sum(classes), classes[5]
+
+    @property
+    def counts_responses(self) -> bool:
+        """Whether responses are counted."""
+        return self._responses is not None
+
     def _counts(self) -> Counts:
         responses = self._responses
         counts = Counts(

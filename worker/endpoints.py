@@ -40,8 +40,8 @@ class Commands(Protocol):
     @operator_drain.setter
     def operator_drain(self, mode: str | None) -> None: ...
 
-    def activate(self, alone: bool = False) -> None:
-        """Accept and adopt connections; `alone`: no other worker does."""
+    def activate(self, alone: bool = False, watch_s: float = 0.0) -> None:
+        """Accept and adopt connections; `alone`: no other worker does. Watched for `watch_s` seconds."""
 
     def quiet(self) -> None:
         """Accept and adopt nothing."""
@@ -84,7 +84,7 @@ def handler(worker: Commands) -> Handler:
 
     async def activate(request: Request) -> Response:
         # optional: how many workers share the load, of which this is one
-        worker.activate(alone=request.query.get("workers") == "1")
+        worker.activate(alone=request.query.get("workers") == "1", watch_s=_seconds(request, "watch") or 0.0)
         return json_response(worker.status())
 
     async def drain_start(request: Request) -> Response:

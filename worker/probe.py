@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from segue.worker.responses import PRIVATE
 from segue.worker.uvicorn_internals import Http
 
 _log = logging.getLogger("segue.worker")
@@ -50,7 +51,7 @@ class Probe:
         except OSError as error:
             _log.warning("event=no-probe path=%s reason=%r", self._path, str(error))
             return
-        factory: Callable[[], asyncio.Protocol] = self.http.factory("")
+        factory: Callable[[], asyncio.Protocol] = self.http.factory(PRIVATE)
         self._server = await self._loop.create_unix_server(factory, sock=sock, backlog=_BACKLOG)
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Cycle: TypeAlias = Any
 """uvicorn's RequestResponseCycle: one request and its response."""
 
+PRIVATE = ""
+"""What stands for the name of a listener where it is the private socket (`segue.worker.probe`)."""
 _OWN = "segue.own"
 """In the scope of a request that segue itself answers."""
 _CYCLE = "RequestResponseCycle"
@@ -44,6 +46,8 @@ class Responses:
         """Complete responses by the first digit of their status, without `rejected`."""
         self.rejected = 0
         """5xx that segue itself answered: a drain, a stop, a health path that says no."""
+        self.private = 0
+        """Complete responses on the private socket, of which nothing else is counted."""
         self.latency = [0] * (len(LATENCY_BOUNDS_S) + 1)
         """How many took at most so long (`LATENCY_BOUNDS_S`), each counted once; the last: longer."""
         self.seconds = 0.0
@@ -73,7 +77,7 @@ class Responses:
     @property
     def completed(self) -> int:
         """Requests that were answered."""
-        return sum(self.classes) + self.rejected - self.malformed
+        return sum(self.classes) + self.rejected + self.private - self.malformed
 
     def by_class(self) -> dict[str, int]:
         """`classes` by name, 1xx to 5xx."""
@@ -173,7 +177,10 @@ def _counting(
     clock, bounds, first = time.perf_counter, LATENCY_BOUNDS_S, LATENCY_BOUNDS_S[0]
     classes, latency = responses.classes, responses.latency
 
-    def count(cycle: Cycle) -> None:
+    def count(protocol: Any, cycle: Cycle) -> None:
+        if protocol.segue_listener == PRIVATE:
+            responses.private += 1
+            return
         seconds = clock() - cycle.segue_begun
         latency[0 if seconds <= first else bisect_left(bounds, seconds)] += 1
         responses.seconds += seconds
@@ -186,13 +193,13 @@ def _counting(
             access.write(cycle.scope, status, cycle.segue_size, seconds, aborted=False)
 
     def on_response_complete(self: Any) -> None:
-        count(self.segue_answers)
+        count(self, self.segue_answers)
         complete(self)
 
     def on_stream_complete(self: Any, stream: int) -> None:
         cycle = self.cycles.get(stream)
         if cycle is not None and cycle.response_complete:  # it is called also for what has broken off
-            count(cycle)
+            count(self, cycle)
         complete(self, stream)
 
     return on_response_complete if len(inspect.signature(complete).parameters) == 1 else on_stream_complete

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from segue.handoff.messages import NotifyKey, WorkerMode, WorkerPhase
 from segue.handoff.notify import Notifier
@@ -15,6 +16,8 @@ from segue.handoff.notify import Notifier
 _REPEAT_S = 1.0
 _REPEATS = 10
 """So often in a row; then with the heartbeats."""
+_WATCHED_S = 0.2
+"""Between two of them while the worker is watched."""
 _FAILURE_TRIES = 50
 _FAILURE_PAUSE_S = 0.02
 
@@ -30,6 +33,9 @@ class Telling:
         self._repeated = 0
         self.handover_s: float | None = None
         """How long the services, if there are any, may take to hand over."""
+        self.responses: Callable[[], tuple[int, int]] | None = None
+        """How many responses were sent, and how many of them were 5xx; None: that isn't counted."""
+        self._watched_until = 0.0
         self._recycle: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._phase = WorkerPhase.BOOT
@@ -65,6 +71,11 @@ class Telling:
         """A command has come: what was told has been heard."""
         self._unconfirmed = False
 
+    def watched(self, seconds: float) -> None:
+        """Say for so long, and often, how many responses were sent."""
+        self._watched_until = time.monotonic() + seconds
+        self._beat()
+
     def ask_to_recycle(self, reason: str) -> None:
         """Say with each heartbeat that this worker should be replaced."""
         if self._recycle is None:
@@ -91,8 +102,12 @@ class Telling:
             fields[NotifyKey.HANDOVER] = f"{self.handover_s:g}"
         if self._recycle is not None:
             fields[NotifyKey.RECYCLE] = self._recycle
+        if self.responses is not None:
+            fields[NotifyKey.RESPONSES] = "{} {}".format(*self.responses())
         self._notifier.send(fields)
         repeats = self._unconfirmed and self._repeated < _REPEATS
         self._repeated += repeats
         interval = min(_REPEAT_S, self._heartbeat_s) if repeats else self._heartbeat_s
+        if time.monotonic() < self._watched_until:
+            interval = min(interval, _WATCHED_S)
         self._timer = asyncio.get_running_loop().call_later(interval, self._beat)

@@ -135,6 +135,8 @@ class Worker:
             spec.request_metrics,
             AccessLog(spec.access_log_format) if spec.access_log_format else None,
         )
+        if self._counting.counts_responses:
+            self._telling.responses = self._counting.answered
         self._accounts = Accounts(spec.figures_path, self.figures, self._loop)
         self._master_gone = False
         self._parked_until = 0.0
@@ -291,8 +293,11 @@ class Worker:
         """A command has arrived: the master knows of this worker."""
         self._telling.confirmed()
 
-    def activate(self, alone: bool = False) -> None:
-        """Accept and adopt connections, whatever was being drained; `alone`: no other worker will."""
+    def activate(self, alone: bool = False, watch_s: float = 0.0) -> None:
+        """Accept and adopt connections, whatever was being drained; `alone`: no other worker will.
+
+        For `watch_s` seconds the master hears often how that goes.
+        """
         self._refuse_in(WorkerMode.BOOTING, WorkerMode.STOPPING)
         self._intake.alone = alone
         self._stay()
@@ -300,6 +305,8 @@ class Worker:
         self._intake.open()
         Stage.activate()
         self._set_mode(WorkerMode.ACTIVE)
+        if watch_s:
+            self._telling.watched(watch_s)
 
     def quiet(self) -> None:
         """Accept and adopt nothing, and send nothing away."""

@@ -1,0 +1,227 @@
+"""The commands that make one generation follow on another: reload, stage, promote, discard, rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import click
+
+from segue.handoff.messages import HOT
+from segue.supervisor import exits
+from segue.supervisor.commanding import change, find, instance_options, waiting_options
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_STRATEGIES = ("surge", "rolling", "replace")
+_until = click.option(
+    "--wait",
+    type=click.Choice(["serving", "drained", "probation"]),
+    default="serving",
+    show_default=True,
+    help="Return when the new generation serves, when nothing is left to finish in the old ones, or when its "
+    "probation is over.",
+)
+
+
+def _manner(command: _F) -> _F:
+    """How a generation takes over, this time."""
+    for option in (
+        click.option("--canary-for", type=click.FloatRange(0), metavar="SECONDS", help="For so long."),
+        click.option(
+            "--canary",
+            type=click.IntRange(0),
+            metavar="N",
+            help="This time, let so many workers serve beside the old ones first; 0: none.",
+        ),
+        click.option(
+            "--strategy", type=click.Choice(_STRATEGIES), help="This time, instead of what the settings say."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_generation = click.argument("generation", metavar="[ID]", type=click.IntRange(1), required=False)
+
+
+@click.command(epilog=exits.DEPLOY_EPILOG)
+@instance_options
+@click.argument("service", metavar="[SERVICE]", required=False)
+@click.option(
+    "--set",
+    "choices",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A setting of the new instance of SERVICE; may be repeated.",
+)
+@click.option("--tool", metavar="NAME", help="Of SERVICE tools: reload only this one (--set tool=NAME).")
+@click.option("--profile", metavar="NAME", help="Of SERVICE personality: which one (--set profile=NAME).")
+@_manner
+@_until
+@waiting_options
+def reload(
+    name: str | None,
+    runtime_dir: str | None,
+    service: str | None,
+    choices: tuple[str, ...],
+    tool: str | None,
+    profile: str | None,
+    strategy: str | None,
+    canary: int | None,
+    canary_for: float | None,
+    wait: str,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Start a new generation and move every connection to it; refused if it does not get ready.
+
+    With SERVICE, swap that service inside the running workers instead: all or none of them get the new instance.
+    """
+    choices += (f"tool={tool}",) if tool is not None else ()
+    choices += (f"profile={profile}",) if profile is not None else ()
+    if service is not None:
+        if {strategy, canary, canary_for} != {None}:
+            raise click.UsageError("--strategy and --canary are for a reload of all, not of a service")
+        _swap(find(runtime_dir, name), service, choices, wait, no_wait, timeout, as_json)
+        return
+    if choices:
+        raise click.UsageError("settings are for a service: segue reload SERVICE --set KEY=VALUE")
+    target = _target("reload", strategy=strategy, canary=canary, canary_for=canary_for)
+    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json, until=wait)
+    click.echo(_served(operation, wait))
+
+
+def _swap(
+    instance: Any,
+    service: str,
+    choices: tuple[str, ...],
+    wait: str,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    if wait != "serving":
+        raise click.UsageError(f"a swap of a service has nothing to wait for with --wait {wait}")
+    pairs = [choice.partition("=") for choice in choices]
+    if any(not key or not equals for key, equals, _ in pairs):
+        raise click.UsageError("--set takes KEY=VALUE")
+    query = urlencode({key: value for key, _, value in pairs})
+    target = f"{HOT}/reload/{quote(service, safe='')}" + (f"?{query}" if query else "")
+    operation = change(instance, target, no_wait, timeout, as_json)
+    leases = sum(worker.get("leases_out", 0) for worker in operation["workers"])
+    click.echo(
+        f"{service} is version {operation['version']} in {len(operation['workers'])} workers "
+        f"({_seconds(operation):.2f} s)"
+        + (f"; rewired: {', '.join(operation['rewired'])}" if operation["rewired"] else "")
+        + (f"; {leases} leases still on the old one" if leases else "")
+    )
+
+
+@click.command(epilog=exits.EPILOG)
+@instance_options
+@waiting_options
+def stage(
+    name: str | None, runtime_dir: str | None, no_wait: bool, timeout: float | None, as_json: bool
+) -> None:
+    """Start a new generation that is ready and warmed up, but serves nothing until it is promoted.
+
+    Prints the private sockets on which its application can be asked.
+    """
+    operation = change(find(runtime_dir, name), _target("stage"), no_wait, timeout, as_json)
+    generation = operation["generation"]
+    click.echo(f"generation {generation} is staged ({_seconds(operation):.2f} s); it serves nothing yet")
+    for probe in operation["probes"]:
+        click.echo(f"    curl --unix-socket {probe['socket']} http://x/")
+    click.echo(f"next: segue promote {generation}, or segue discard {generation}")
+
+
+@click.command(epilog=exits.DEPLOY_EPILOG)
+@instance_options
+@_generation
+@_manner
+@_until
+@waiting_options
+def promote(
+    name: str | None,
+    runtime_dir: str | None,
+    generation: int | None,
+    strategy: str | None,
+    canary: int | None,
+    canary_for: float | None,
+    wait: str,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Let a generation that is staged or parked (ID, or the staged one) serve, and move every connection to it."""
+    target = _target(
+        "promote", generation=generation, strategy=strategy, canary=canary, canary_for=canary_for
+    )
+    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json, until=wait)
+    click.echo(_served(operation, wait))
+
+
+@click.command(epilog=exits.EPILOG)
+@instance_options
+@_generation
+@waiting_options
+def discard(
+    name: str | None,
+    runtime_dir: str | None,
+    generation: int | None,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """End a generation (ID, or the staged one) that is staged or parked, or give one up that is being started."""
+    target = _target("discard", generation=generation)
+    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json)
+    click.echo(f"generation {operation['generation']} is discarded")
+
+
+@click.command(epilog=exits.EPILOG)
+@instance_options
+@_generation
+@click.option(
+    "--wait",
+    type=click.Choice(["serving", "drained"]),
+    default="serving",
+    show_default=True,
+    help="Return when the old generation serves again, or when nothing is left to finish in the other.",
+)
+@waiting_options
+def rollback(
+    name: str | None,
+    runtime_dir: str | None,
+    generation: int | None,
+    wait: str,
+    no_wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Take the previous generation (or ID) back, as long as it is still draining or parked."""
+    target = _target("rollback", generation=generation)
+    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json, until=wait)
+    click.echo(f"generation {operation['generation']} serves again ({_seconds(operation):.3f} s)")
+
+
+COMMANDS: tuple[click.Command, ...] = (reload, stage, promote, discard, rollback)
+
+
+def _target(path: str, **query: Any) -> str:
+    given = urlencode({key.replace("_", "-"): value for key, value in query.items() if value is not None})
+    return f"{HOT}/{path}" + (f"?{given}" if given else "")
+
+
+def _seconds(operation: dict[str, Any]) -> float:
+    seconds: float = sum(seconds for phase, seconds in operation["phases"].items() if phase != "queued")
+    return seconds
+
+
+def _served(operation: dict[str, Any], wait: str) -> str:
+    passed = " and has passed its probation" if wait == "probation" else ""
+    changes = operation.get("changes")
+    changed = f"\nchanged: {changes['summary']}" if changes else ""
+    return f"generation {operation['generation']} serves{passed} ({_seconds(operation):.2f} s){changed}"
