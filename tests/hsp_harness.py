@@ -172,6 +172,14 @@ def broker(directory: Path, *lines: str) -> Iterator[Broker]:
         yield running
 
 
+PERSISTENT = ("persistence true", "autosave_on_changes true", "autosave_interval 1")
+
+
+def persistent(directory: Path) -> Broker:
+    """A broker that still has its sessions after it was killed; it isn't started."""
+    return Broker(directory, *PERSISTENT, f"persistence_location {directory}/")
+
+
 def fact(number: int, sender: str = "beta", **more: Any) -> bytes:
     """A valid message of another agent."""
     document = {

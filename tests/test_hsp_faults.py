@@ -21,6 +21,7 @@ from hsp_harness import (
     broker,
     dynamic_security,
     fact,
+    persistent,
     publish,
     publisher,
     settings,
@@ -224,14 +225,10 @@ async def insist(server: Broker, number: int) -> None:
     await asyncio.to_thread(publish_it)
 
 
-PERSISTENT = ("persistence true", "autosave_on_changes true", "autosave_interval 1")
-
-
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 async def test_a_broker_killed_at_any_moment_of_a_swap_loses_nothing(tmp_path: Path, version: Any) -> None:
     tally = Tally()
-    directory = tmp_path / "broker"
-    server = Broker(directory, *PERSISTENT, f"persistence_location {directory}/").start()
+    server = persistent(tmp_path / "broker").start()
     chance = random.Random(7)
     try:
         async with agent(settings(server, mqtt_version=version)) as alpha:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hsp_harness import NOTHING, Tally, broker, dynamic_security, publisher
-from scenario import DEADLINE_S, ROOT, Segue, supervised
+from hsp_harness import NOTHING, Tally, broker, dynamic_security, persistent, publisher
+from scenario import DEADLINE_S, ROOT, Client, Segue, supervised
 
 from bench.broker import Broker
 
@@ -137,6 +137,29 @@ def test_a_new_generation_whose_subscription_is_refused_does_not_begin(tmp_path:
         assert connected(master.status())
         configure(code, server, **who)
         master.reload()
+
+
+def test_what_waits_for_the_broker_goes_on_over_a_new_generation(tmp_path: Path) -> None:
+    directory, other, server = tmp_path / "code", tmp_path / "other", persistent(tmp_path / "broker")
+    directory.mkdir()
+    with server, serving(other, server, ai_id="beta"):
+        pass  # from here on the broker keeps for beta what comes
+    configure(directory, server, reconnect_cap_s=0.2)
+    env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
+    with supervised(cwd=directory, env=env) as master:
+        client = Client(master.port)
+        for number in range(3):
+            body = json.dumps({"topic": "bench/0", "payload": {"topic": 0, "number": number}}).encode()
+            status, _, data = client.get("/api/v1/hsp/facts", body, "POST")
+            assert (status, json.loads(data)["waits_for_broker"]) == (202, True)
+        client.close()
+        master.reload("--wait", "drained")
+        with server:
+            master.wait_status(connected)
+            shutil.rmtree(other)
+            with serving(other, server, ai_id="beta"):
+                assert wait_received(other, 3).seen == {0: [0, 1, 2]}
+        master.stop(None)
 
 
 def test_without_any_broker_a_new_generation_starts_and_connects_later(tmp_path: Path) -> None:

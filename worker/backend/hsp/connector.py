@@ -31,6 +31,7 @@ from segue.worker.backend.hsp.peers import Peer, Peers
 from segue.worker.backend.hsp.requests import Requests
 from segue.worker.backend.hsp.seen import Seen
 from segue.worker.backend.hsp.settings import HSPSettings
+from segue.worker.backend.hsp.spool import Spool
 from segue.worker.backend.hsp.topics import Topics
 from segue.worker.backend.places import state_directory
 
@@ -43,7 +44,7 @@ _log = logging.getLogger("segue.hsp")
 _FLUSH_S = 2.0
 """How long a publish in flight, or what was kept, may take when a connector leaves."""
 _LOOK_AGAIN_S = 5.0
-"""How often it looks whether what it can do has changed."""
+"""How often it looks for what nobody tells."""
 _MAX_TIMEOUT_S = 3600.0
 _Status = Literal["online", "offline"]
 _FALLBACK = "embedded fallback: messages stay in this process"
@@ -110,7 +111,7 @@ class HSPConnector:
         doesn't serve, or if the two can't be lined up.
         """
         self._spawn(self._outbox.retry())
-        self._spawn(self._advertise_changes())
+        self._spawn(self._look_again())
         previous = self._previous
         if self.settings.host:
             await self._connect(previous is not None and previous.connected)
@@ -364,6 +365,7 @@ class HSPConnector:
 
     async def _after_connecting(self) -> None:
         await self._outbox.flush()
+        await self._resume_letters()
         if self._active and self._holder is not None:
             await self._holder.appear()
 
@@ -383,12 +385,14 @@ class HSPConnector:
                 self._letter(self._topics.advertisement, self._advertisement(status), retain=True)
             )
 
-    async def _advertise_changes(self) -> None:
-        """What it can do may change without anybody saying so."""
+    async def _look_again(self) -> None:
+        """What it can do may change, and another process leave something undone, without anybody saying so."""
         while True:
             await asyncio.sleep(_LOOK_AGAIN_S)
-            if self._active and self.connected and self._said != self.capabilities:
-                await self._say("online")
+            if self._active and self.connected:
+                await self._resume_letters()
+                if self._said != self.capabilities:
+                    await self._say("online")
 
     def _advertise_soon(self) -> None:
         self._spawn(self._advertise())
@@ -444,8 +448,21 @@ class HSPConnector:
                     await self._say_goodbye()  # nobody has taken over
                 await self._outbox.flush()
                 await self._outbox.drained()
-        if self._outbox.unsent:
-            _log.error("event=hsp-unsent count=%d", self._outbox.unsent)
+        letters = self._outbox.unfinished() if self.settings.host else []
+        try:
+            self._spool().leave(letters)
+        except OSError as error:
+            _log.error("event=hsp-unsent count=%d reason=%s", len(letters), error)
+
+    async def _resume_letters(self) -> None:
+        """What a process before could not bring to an end."""
+        letters = self._spool().take(self.settings.max_message_bytes)
+        for letter in letters:
+            if letter.wants_answer:
+                self._readdress(letter)
+        self._outbox.resume(letters)
+        if letters:
+            await self._outbox.flush()
 
     def _is_other_agent(self, heir: HSPConnector) -> bool:
         """Whether nobody speaks for this agent any more once the other one does."""
@@ -463,6 +480,9 @@ class HSPConnector:
         if not self._mailbox.connected:
             return self._mailbox.reason or "it is not connected"
         return self._holder.reason
+
+    def _spool(self) -> Spool:
+        return Spool(self._window().with_suffix(""), self._topics.instance)
 
     def _window(self) -> Path:
         name = "\0".join((self.settings.broker, self.settings.topic_prefix, self._topics.ai_id))

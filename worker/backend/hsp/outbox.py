@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from segue.worker.backend.hsp.breaker import Breakers
 from segue.worker.backend.hsp.envelope import Envelope
@@ -245,9 +245,20 @@ class Outbox:
 
     # ------------------------------------------------------------------------------------------------------- swap
 
+    def unfinished(self) -> list[Letter]:
+        """What was not sent, or not acknowledged."""
+        return list({each.id: each for each in (*self._unsent, *self._pending.values())}.values())
+
+    def resume(self, letters: Sequence[Letter]) -> None:
+        """Go on with what another process hasn't brought to an end; `flush` sends it."""
+        for letter in letters:
+            self._unsent.append(letter)
+            if letter.wants_answer:
+                self._expect(letter)
+
     def adopt(self, other: Outbox, readdress: Callable[[Letter], None]) -> None:
         """Go on with what another one hasn't brought to an end. `readdress` makes its acknowledgement come here."""
-        for letter in {letter.id: letter for letter in (*other._unsent, *other._pending.values())}.values():
+        for letter in other.unfinished():
             if letter.wants_answer:
                 readdress(letter)
         # what is older goes first; there is room: both have been filled one after the other
