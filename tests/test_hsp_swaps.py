@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from hsp_harness import NOTHING, Tally, agent, broker, fact, heard, publish, publisher, settings, until
 
+from segue.worker.backend.hsp.barrier import cut
 from segue.worker.backend.hsp.envelope import ACKNOWLEDGEMENT, FACT, envelope
+from segue.worker.backend.hsp.errors import BarrierError
 
 pytestmark = pytest.mark.anyio
 
@@ -47,6 +49,30 @@ async def test_swaps_under_load_lose_double_and_reorder_nothing(
             assert alpha.current.metrics()["duplicates"] == 0
             assert alpha.current.metrics()["gaps"] == 0
             assert alpha.current._known.counts.swaps == 12
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize(("qos", "rate"), [(1, 400), (2, 150)])
+@pytest.mark.parametrize("after", [False, True])
+async def test_where_the_cut_fails_the_session_is_resumed_with_nothing_lost(
+    tmp_path: Path, version: Any, qos: Any, rate: int, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing_cut(*arguments: Any) -> None:
+        if after:  # both have stopped at the token already
+            await cut(*arguments)
+        raise BarrierError("a fault of this test")
+
+    monkeypatch.setattr("segue.worker.backend.hsp.holder.cut", failing_cut)
+    tally = Tally()
+    with broker(tmp_path) as server:
+        async with agent(settings(server, mqtt_version=version, qos=qos), tally) as alpha:
+            with publisher(server, rate, qos) as published:
+                for _ in range(12):
+                    await alpha.swap()
+                    await tally.more()
+            await tally.reach(sum(published.sent))
+            assert tally.verdict(published.sent) == NOTHING
+            assert alpha.current.metrics()["gaps"] == 0
 
 
 async def test_a_swap_with_nothing_changed_keeps_broker_identity_and_filters(tmp_path: Path) -> None:
