@@ -46,6 +46,10 @@ def host_version() -> int:
     return int(found[1]) if found else 0
 
 
+class NoMachineError(Exception):
+    """It could not be had; the message says why."""
+
+
 class Machine:
     """One that runs. Everything of a test is under `place`, which is the same path inside and outside."""
 
@@ -92,8 +96,9 @@ class Machine:
         deadline = time.monotonic() + DEADLINE_S
         while not pid_file.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
-                raise AssertionError(f"no machine: {self._process.communicate()[1].decode()}")
+                self._process.terminate()
+                assert self._process.stderr is not None
+                raise NoMachineError(f"no machine with that systemd: {self._process.stderr.read().decode()}")
             select.select([], [], [], 0.05)
         return int(pid_file.read_text())
 
@@ -291,5 +296,5 @@ def start_machine(version: str) -> Machine:
         pytest.skip(f"the systemd of this machine is {host}: there is no 252 here")
     try:
         return Machine(host_systemd=version == OLD or host >= 253)
-    except NoInterpreterError as error:
+    except (NoInterpreterError, NoMachineError) as error:
         pytest.skip(str(error))

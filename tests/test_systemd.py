@@ -142,7 +142,7 @@ def test_a_first_start_that_fails_is_a_failed_start(machine: Machine, service: S
     service.write("1", prelude="import no_such_module\n")
     done = machine.systemctl("start", UNIT, check=False)
     assert done.returncode != 0
-    machine.wait_journal("start outcome=refused .*no_such_module")
+    machine.wait_journal("refused.*no_such_module")
     assert machine.show(UNIT, "ActiveState")["ActiveState"] in {"activating", "failed"}
     service.write("1")
     machine.wait(UNIT, ActiveState="active")  # it is tried again, with a pause
@@ -170,7 +170,7 @@ def test_a_restart_with_code_that_does_not_start_fails_and_costs_nothing(
     assert service.get() == "3"
 
 
-@pytest.mark.parametrize("delay_ms", [0, 30, 100, 300, 600, 1000, 1500])
+@pytest.mark.parametrize("delay_ms", [0, 100, 300, 600, 1200])
 def test_stop_leaves_nothing_also_when_the_master_was_killed_just_before(
     machine: Machine, service: Service, delay_ms: int
 ) -> None:

@@ -108,3 +108,18 @@ def test_a_template_is_for_any_name(tmp_path) -> None:
     text = printed("--template", "shop:app", cwd=tmp_path)
     assert "--config /etc/segue/%i.toml --name %i" in line(text, "ExecStart")
     assert line(text, "RuntimeDirectory") == "segue-%i"
+
+
+def test_the_hook_of_a_unit_ends_nothing_outside_of_it(tmp_path) -> None:
+    """By hand it would be in the control group of whoever runs it, with all that runs there."""
+    done = segue(
+        "stop",
+        "--unit",
+        "segue.service",
+        "--runtime-dir",
+        str(tmp_path),
+        cwd=tmp_path,
+        SERVICE_RESULT="success",
+    )
+    assert done.returncode == 1
+    assert "nothing was ended" in done.stderr
