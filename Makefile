@@ -4,7 +4,7 @@ VENV := .venv
 COMPARE := .compare
 BIN := $(VENV)/bin
 
-.PHONY: run test bench compare lint format clean
+.PHONY: run test bench compare lint format clean chaos
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || sh tests/setup.sh python3-venv
@@ -44,6 +44,11 @@ $(COMPARE)/.done: bench/compare/requirements.txt | $(BIN)/python
 	$(COMPARE)/bin/python -m pip install --quiet --upgrade pip
 	$(COMPARE)/bin/python -m pip install --quiet --requirement bench/compare/requirements.txt
 	@touch $@
+
+# Everything that can go wrong, at random, under load
+chaos: $(BIN)/segue $(VENV)/.dev
+	@sh tests/setup.sh util-linux
+	$(BIN)/python -m bench.chaos $(ARGS)
 
 lint: $(BIN)/segue $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -55,6 +55,9 @@ KINDS = {
 SHORT = ("keepalive", "newconn")
 """The classes of clients whose requests are short; the third is ``sse``."""
 
+MAX_LOST = 20_000
+"""Lost connections that are told one by one."""
+
 _TURN_S = 0.005
 _LATE_S = 0.01
 
@@ -80,6 +83,9 @@ class Conn(asyncio.Protocol):
         self.closed = False
         self.kept = False
         """The last response left the connection open."""
+        self.dialed = now()
+        self.port = 0
+        """Its own; with `dialed` it tells this connection from every other."""
         self._by_us = False
         self._on_chunk = on_chunk
         self._answer: asyncio.Future[Result] | None = None
@@ -87,6 +93,7 @@ class Conn(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's isn't a subclass
+        self.port = transport.get_extra_info("sockname")[1]
 
     def start(self, data: bytes, timeout: float) -> asyncio.Future[Result]:
         """Send one request; the future has its answer, or `RequestError`."""
@@ -213,6 +220,7 @@ class Conn(asyncio.Protocol):
                 )
         elif not self._by_us and not was_closed and self.kept:
             self.stats.idle_closes += 1
+            self.stats.note_lost("idle", now(), self)
 
 
 class Stats:
@@ -234,6 +242,8 @@ class Stats:
         self.sse_gap = 0.0
         self.own_stalls: list[tuple[float, float]] = []
         self.fail_times: list[float] = []
+        self.lost: list[tuple[float, int, float, str]] = []
+        """Of every failed request and idle connection that was closed: when, its port, when it was dialed, and what."""
         self._last_ok: dict[str, float] = {}
         self._gaps: dict[str, tuple[float, float]] = {}
         self._buckets: dict[int, list[float]] = {}
@@ -258,8 +268,17 @@ class Stats:
             bucket[0] = max(bucket[0], end - start)
             bucket[1] += 1
 
-    def bad(self, kind: str, failure: RequestError, end: float, start: float) -> None:
-        """A request failed."""
+    def note_lost(self, what: str, at: float, conn: Conn | None) -> None:
+        """Whoever drives this may know why the connection was lost."""
+        if len(self.lost) < MAX_LOST:
+            port, dialed = (0, at) if conn is None else (conn.port, conn.dialed)
+            self.lost.append((at, port, dialed, what))
+
+    def bad(
+        self, kind: str, failure: RequestError, end: float, start: float, conn: Conn | None = None
+    ) -> None:
+        """A request failed, on this connection, if it had one."""
+        self.note_lost(f"{kind}: {failure.kind} {failure.detail}".strip(), end, conn)
         self.fails[kind, failure.kind, failure.detail] += 1
         self.fail_times.append(end)
         self._bucket(end)[2] += 1
@@ -382,10 +401,10 @@ class Load:
                 answer = await conn.start(request, self.args.timeout)
                 self.check("post" if posting else "keepalive", conn, answer, start)
             except RequestError as failure:
+                self.stats.bad("keepalive", failure, now(), start, conn)
                 if conn is not None and failure.kind != "non_2xx":
                     conn.close()
                     conn = None
-                self.stats.bad("keepalive", failure, now(), start)
                 await asyncio.sleep(0.005)
             if first:
                 self.answered()
@@ -406,7 +425,7 @@ class Load:
                 conn = await self.connect()
                 self.check("newconn", conn, await conn.start(request, self.args.timeout), start)
             except RequestError as failure:
-                self.stats.bad("newconn", failure, now(), start)
+                self.stats.bad("newconn", failure, now(), start, conn)
                 await asyncio.sleep(0.005)
             if conn:
                 conn.kept = False
@@ -437,7 +456,7 @@ class Load:
                 answer = await conn.start(request, self.args.timeout + length_s)
                 self.check("sse", conn, answer, start)
             except RequestError as failure:
-                self.stats.bad("sse", failure, now(), start)
+                self.stats.bad("sse", failure, now(), start, conn)
                 await asyncio.sleep(0.02)
             if conn:
                 conn.kept = False
@@ -525,6 +544,7 @@ def report(args: argparse.Namespace, stats: Stats, end: float, cpu: float) -> di
         "events": events,
         "timeline_100ms": stats.timeline,
         "fail_log": stats.fail_log,
+        "lost": stats.lost,
         "own_stalls": stats.own_stalls,
         "client_cpu_frac": round(cpu / duration, 3),
     }
