@@ -47,7 +47,7 @@ $(COMPARE)/.done: bench/compare/requirements.txt | $(BIN)/python
 
 # Everything that can go wrong, at random, under load
 chaos: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh util-linux
+	@sh tests/setup.sh util-linux mosquitto
 	$(BIN)/python -m bench.chaos $(ARGS)
 
 lint: $(BIN)/segue $(VENV)/.dev

@@ -51,13 +51,16 @@ def main() -> int:
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     tally: dict[str, Any] = {}
+    messages: tuple[int, int, int] | None = None
     try:
         instance.blame.port = _free_port()
         instance.start()
         instance.settle()
         load = _load(instance.blame.port, directory)
         try:
+            instance.messages.publish()
             failures += _torment(instance, args, counts)
+            messages = instance.messages.finish()
         finally:
             tally = _finish(load, directory)
         instance.stop()
@@ -65,11 +68,12 @@ def main() -> int:
         failures.append(str(error))
     except Exception:
         failures.append(traceback.format_exc())
+    instance.messages.close()
     left = marked(mark)
     if left:
         failures.append(f"processes left behind: {left}")
         kill_marked(mark)
-    good = _tell(instance, args.seed, counts, tally, failures)
+    good = _tell(instance, args.seed, counts, tally, messages, failures)
     subprocess.run(["umount", "-l", str(instance.runtime_dir)], check=False)
     if good:
         shutil.rmtree(directory, ignore_errors=True)
@@ -109,6 +113,7 @@ def _tell(
     seed: int,
     counts: collections.Counter[str],
     tally: dict[str, Any],
+    messages: tuple[int, int, int] | None,
     failures: list[str],
 ) -> bool:
     """The end of it, for a person; returns whether all is well."""
@@ -127,6 +132,11 @@ def _tell(
     print(f"  {sum(each[3] != 'idle' for each in unexplained) + untold} failed otherwise")
     print(f"  {sum(each[3] == 'idle' for each in unexplained)} idle connections were closed otherwise")
     print(f"  {closes.get('connection_close_header', 0)} answers with Connection: close")
+    if messages is not None:
+        sent, missed, doubled = messages
+        print(f"  {sent} MQTT messages sent: {missed} lost, {doubled} came more than once, known by their id")
+        if missed:
+            failures = [*failures, f"{missed} MQTT messages were lost"]
     for at, port, dialed, what in unexplained[:_SHOWN]:
         t0 = tally["t0"]
         print(

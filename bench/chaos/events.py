@@ -260,6 +260,16 @@ def hup_storm(instance: Instance, rng: random.Random) -> str:
     return f"{_STORM} signals, {document['current'] - first} generations"
 
 
+def restart_broker(instance: Instance, rng: random.Random) -> str:
+    """The broker is restarted; at times a reload is asked for meanwhile, or a worker killed after it."""
+    away_s = rng.uniform(0.0, 2.0)
+    instance.messages.restart_broker(away_s)
+    told = f"away for {away_s:.1f} s"
+    if rng.random() < 0.5:
+        told += f", then {kill_worker(instance, rng)}"
+    return told
+
+
 EVENTS: dict[str, Event] = {
     "reload": reload,
     "broken: import": broken_import,
@@ -280,4 +290,5 @@ EVENTS: dict[str, Event] = {
     "no descriptors: master": exhaust_master,
     "full disk": full_disk,
     "HUP storm": hup_storm,
+    "restart the broker": restart_broker,
 }

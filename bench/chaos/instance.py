@@ -17,27 +17,50 @@ from pathlib import Path
 from typing import Any
 
 from bench.chaos.blame import Blame
+from bench.chaos.messages import Messages
 from bench.processes import MARK, descriptors
 from bench.users import ROOT
 
 HOT = "/api/v1/hot"
 WORKERS = 2
 DEADLINE_S = 90.0
-READY_TIMEOUT_S = 20
+READY_TIMEOUT_S = 10
 HEARTBEAT_TIMEOUT_S = 4
 PROBATION_S = 2
 _POLL_S = 0.05
 _START_S = 0.2
 CODE = """
 {prelude}
+import os
+import segue
 from bench.app import app as _app
-VERSION = {version}
+from segue.worker.backend.hsp.connector import HSPConnector
+from segue.worker.backend.hsp.envelope import FACT
+from segue.worker.backend.hsp.settings import HSPSettings
 
-async def app(scope, receive, send):
+VERSION = {version}
+_received = os.open(os.environ["CHAOS_RECEIVED"], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+_services = segue.Services()
+
+def _write_down(message):
+    if "number" in message.payload:
+        os.write(_received, b"%d %d\\n" % (message.payload["topic"], message.payload["number"]))
+
+def _make(settings: HSPSettings, previous: HSPConnector | None = None) -> HSPConnector:
+    connector = HSPConnector(settings, previous)
+    if previous is None:
+        connector.on(FACT, _write_down)
+    return connector
+
+_services.declare("hsp", _make, settings=HSPSettings, per="generation")
+
+async def serve(scope, receive, send):
     {lifespan}
     if scope["type"] == "http" and scope["path"] == "/warm":
         {warm}
     await _app(scope, receive, send)
+
+app = _services.wrap(serve)
 """
 
 
@@ -54,12 +77,14 @@ class Instance:
         self.code = directory / "code"
         self.output = directory / "output"
         self.blame = Blame()
+        self.messages = Messages(directory)
         self.starts = 0
         self.version = 0
         self._mark = mark
         self._good = ""
         self._master: subprocess.Popen[bytes] | None = None
         self.code.mkdir()
+        (self.code / "segue.toml").write_text(self.messages.settings())
         self.write()
 
     # -------------------------------------------------------------------------------------------------- the code
@@ -120,6 +145,8 @@ class Instance:
             "PYTHONPATH": str(ROOT),
             "PYTHONDONTWRITEBYTECODE": "1",
             "BENCH_START_S": str(_START_S),
+            "CHAOS_RECEIVED": str(self.messages.received),
+            "STATE_DIRECTORY": str(self.directory / "state"),
         }
         environ.pop("NOTIFY_SOCKET", None)
         command = [sys.executable, "-m", "segue.supervisor.cli", "serve", "shop:app"]
