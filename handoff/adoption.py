@@ -9,12 +9,14 @@ worker known: the kernel tells the pid of whoever called listen(2) (SO_PEERCRED)
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -51,7 +53,7 @@ class Acceptance(msgspec.Struct, frozen=True):
     mode: WorkerMode
     fingerprint: str
     listeners: tuple[ListenerInfo, ...] = ()
-    handover_s: float | None = None
+    handover_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """How long its services may take to hand over; None: it has none."""
     services_active: bool = False
     """They take work, or may."""
@@ -146,15 +148,30 @@ def _decode(received: tuple[bytes, list[int]], kind: type[_T]) -> _T:
     data, fds = received
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         close_all(fds)
         raise MalformedError(f"a message that can't be read: {error}") from error
+
+
+def is_pipe(fd: int) -> bool:
+    """Whether it can be a lifeline."""
+    return stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+def is_socket(fd: int, kind: int) -> bool:
+    """Whether it is a socket of this kind (``SOCK_STREAM``, ``SOCK_SEQPACKET``); never raises."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            return sock.type == kind
+    except OSError:
+        return False
 
 
 def close_all(fds: Sequence[int]) -> None:
     """Close descriptors that nobody takes."""
     for fd in fds:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def start_time(pid: int) -> int | None:

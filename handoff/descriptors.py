@@ -49,7 +49,7 @@ def take_inherited(environ: MutableMapping[str, str]) -> dict[str, int]:
         )
     try:
         _move(sources)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise InheritanceError(f"the descriptors {sources} can't be taken over: {error}") from error
     return {name: FIRST_FD + place for place, name in enumerate(names)}
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 _MAX_BYTES = 8192
+_MOST_AT_ONCE = 1024
+"""Datagrams that are taken in one go: more than any queue holds, so that a sender that never pauses holds nobody up."""
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -48,6 +50,7 @@ class Notification(msgspec.Struct, frozen=True):
 
     pid: int
     fields: dict[str, str]
+    """Empty if it has no ``KEY=value``, or was too long to be whole."""
 
 
 class NotifySocket:
@@ -74,17 +77,17 @@ class NotifySocket:
         return self._socket.fileno()
 
     def receive(self) -> list[Notification]:
-        """Everything that has arrived; an empty list when nothing has. What isn't text is dropped."""
+        """Everything that has arrived; an empty list when nothing has."""
         received: list[Notification] = []
-        while True:
+        for _ in range(_MOST_AT_ONCE):
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
+                data, ancillary, flags, _ = self._socket.recvmsg(
                     _MAX_BYTES,
                     socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(16),
                     socket.MSG_CMSG_CLOEXEC,
                 )
             except (BlockingIOError, InterruptedError):
-                return received
+                break
             pid = 0
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
@@ -92,10 +95,9 @@ class NotifySocket:
                 elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     for offset in range(0, len(content) - 3, 4):
                         os.close(struct.unpack_from("i", content, offset)[0])
-            lines = data.decode(errors="replace").splitlines()
-            fields = dict(line.split("=", 1) for line in lines if "=" in line)
-            if pid and fields:
-                received.append(Notification(pid, fields))
+            if pid:
+                received.append(Notification(pid, {} if flags & socket.MSG_TRUNC else _fields(data)))
+        return received
 
     def close(self) -> None:
         """Give the socket back and remove its name."""
@@ -106,3 +108,8 @@ class NotifySocket:
 
 def _one_line(text: str) -> str:
     return " ".join(text.splitlines())
+
+
+def _fields(data: bytes) -> dict[str, str]:
+    lines = data.decode(errors="replace").split("\n")
+    return dict(line.split("=", 1) for line in lines if "=" in line)

@@ -23,6 +23,7 @@ MAX_BATCH = 100
 """Descriptors in one message; the kernel's limit is 253 (SCM_MAX_FD)."""
 SCM_MAX_FD = 253
 _MAX_HEADER_BYTES = 16 * 1024
+_MAX_KEEP_ALIVE_MS = 366 * 86_400_000
 _ANCILLARY_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
 NO_TIMER = -1
@@ -114,8 +115,9 @@ def needed_room(sock: socket.socket, spare: int) -> int:
     try:
         # without room for ancillary data the kernel passes no descriptor, and peeking leaves them in place
         data = sock.recv(_MAX_HEADER_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        return len(_decoder.decode(data).keep_alive_ms)
-    except (OSError, msgspec.MsgspecError):
+        # whatever it says, no message has more
+        return min(SCM_MAX_FD, len(_decoder.decode(data).keep_alive_ms))
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return 0  # nothing to take, or nothing to keep
 
 
@@ -140,7 +142,7 @@ def receive(sock: socket.socket) -> Parcel | None:
         raise RelayClosedError("end of file")
     try:
         header = _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         close_all(fds)
         raise MalformedParcelError(
             f"{len(fds)} descriptors with a header that can't be read: {error}"
@@ -151,6 +153,9 @@ def receive(sock: socket.socket) -> Parcel | None:
         raise MalformedParcelError(
             f"version {header.version}, {len(header.keep_alive_ms)} timers for {len(fds)} descriptors"
         )
+    if not all(NO_TIMER <= each <= _MAX_KEEP_ALIVE_MS for each in header.keep_alive_ms):
+        close_all(fds)
+        raise MalformedParcelError(f"keep-alive times that can't be: {header.keep_alive_ms}")
     return Parcel(header, fds.tolist(), lost)
 
 

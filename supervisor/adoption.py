@@ -51,7 +51,12 @@ def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], no
     """Put together what was written down and what was found. `limits` are those of the generations, if known."""
     grouped = by_generation(found.workers)
     state = State(
-        next_generation=max([known.numbers.generation, *(number + 1 for number in grouped)]),
+        next_generation=max(
+            [
+                known.numbers.generation,
+                *(number + 1 for number in (*grouped, *(key[0] for key in found.refused))),
+            ]
+        ),
         drain_mode=known.drain_mode,
         services=dict(known.services),
         swap_count=known.numbers.swaps,

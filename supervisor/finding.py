@@ -56,6 +56,8 @@ class Found(msgspec.Struct):
 
     workers: list[FoundWorker] = []
     relay: Relay | None = None
+    refused: list[Key] = []
+    """Those that live and can't be taken over: their names stay theirs."""
     listeners: dict[str, Listener] = {}
     """By their names. Those of the newest generation, if several have one of a name."""
 
@@ -206,12 +208,19 @@ def _take(found: Found, link: _Link, log: Log) -> None:
             reason = told.error
         elif not same or (told.generation, told.worker) != worker.key:
             reason = "it is not what it says it is"
+        elif told.version != adoption.VERSION:
+            reason = f"it speaks version {told.version}, and this is {adoption.VERSION}"
         elif len(fds) != 2 + len(told.listeners):
             reason = f"{len(fds)} descriptors for {len(told.listeners)} listeners and the relay"
+        elif not all(adoption.is_socket(fd, socket.SOCK_SEQPACKET) for fd in fds[:2]):
+            reason = "what it sent as the relay is none"
+        elif not all(adoption.is_socket(fd, socket.SOCK_STREAM) for fd in fds[2:]):
+            reason = "what it sent as its listeners are none"
     if reason:
         log("error", "not-adopted", generation=worker.key[0], worker=worker.key[1], reason=reason)
         adoption.close_all(fds)
         found.workers.remove(worker)
+        found.refused.append(worker.key)
         worker.process.close()
         return
     worker.told = told

@@ -248,7 +248,7 @@ def read_owner(fd: int) -> Owner | None:
     """What the holder of the lock wrote into it."""
     try:
         return msgspec.json.decode(os.pread(fd, 65536, 0), type=Owner)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None
 
 

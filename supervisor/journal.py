@@ -107,7 +107,7 @@ def read(path: str) -> dict[str, bytes]:
             continue
         try:
             record = msgspec.json.decode(content, type=_Record)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError):
             continue
         if record.format != FORMAT:
             continue

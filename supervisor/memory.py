@@ -147,7 +147,7 @@ def recall(values: dict[str, bytes]) -> Memory:
 def _decode(data: bytes | None, kind: type[_T]) -> _T | None:
     try:
         return None if data is None else msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
 
 

@@ -106,7 +106,7 @@ async def _ask(path: str) -> WorkerStatus | str:
     try:
         answer = await call(path, "GET", f"{HOT}/status", timeout_s=WORKER_TIMEOUT_S)
         return msgspec.json.decode(answer.body, type=WorkerStatus)
-    except (CallError, msgspec.DecodeError) as error:
+    except (CallError, msgspec.MsgspecError, RecursionError) as error:
         return str(error)
 
 

@@ -24,6 +24,7 @@ from segue.supervisor.inherited import LIFELINE_READ, LIFELINE_WRITE, NOTIFY
 from segue.supervisor.log import Log
 from segue.supervisor.mastership import Mastership
 from segue.supervisor.model import Verb
+from segue.supervisor.notices import malformed
 from segue.supervisor.snapshot import Snapshot
 
 Key = tuple[int, int]
@@ -76,6 +77,8 @@ class Child:
         """A respawn: it takes part only if its code is still its generation's."""
         self.failure = ""
         self.is_ready = False
+        self.complaints: set[str] = set()
+        """Which of what it says was wrong, so that each is logged once."""
         self.ended = asyncio.Event()
         self.last_call: asyncio.Task[None] | None = None
         self.last_about_services: asyncio.Task[None] | None = None
@@ -270,7 +273,13 @@ class Workers:
                 async with asyncio.timeout(_DEATH_FOLLOWS_S):
                     await child.ended.wait()
             return str(failure)
-        if answer.status == HTTPStatus.CONFLICT and EPOCH_MEMBER in answer.json():
+        try:
+            document = answer.json()
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            return f"it answered {answer.status} with what isn't a JSON object"
+        if answer.status == HTTPStatus.CONFLICT and EPOCH_MEMBER in document:
             self._deposed(_error(answer))
         return answer
 
@@ -315,8 +324,15 @@ class Workers:
         """Take what workers have said."""
         for notification in self._notify.receive():
             key = self._pids.get(notification.pid)
-            if key is not None:
+            if key is None:
+                continue
+            reason = malformed(notification.fields)
+            if not reason:
                 self._on_notification(key, self.children[key], notification)
+            elif (about := reason.partition(" ")[0]) not in self.children[key].complaints:
+                self.children[key].complaints.add(about)
+                fields = {"generation": key[0], "worker": key[1], "pid": notification.pid}
+                self._log("error", "notification-malformed", **fields, reason=reason)
 
     def _on_notification(self, key: Key, child: Child, notification: Notification) -> None:
         fields = notification.fields

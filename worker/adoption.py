@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("segue.worker")
 
+_MOST_CONNECTIONS = 8
+"""There is one master, and perhaps another that wakes late."""
+
 
 class Adoptable(Protocol):
     """What is told of a worker, and done to it, when it is adopted."""
@@ -60,7 +63,8 @@ class Adoption:
         """The highest that a master has had."""
         self._spec = spec
         self._socket = adoption.listen(spec.adoption_path) if spec.adoption_path else None
-        self._connections: set[socket.socket] = set()
+        self._connections: dict[socket.socket, None] = {}
+        """In the order of their coming."""
         self._worker: Adoptable | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -96,7 +100,9 @@ class Adoption:
             except OSError:
                 break
             connection.setblocking(False)
-            self._connections.add(connection)
+            while len(self._connections) >= _MOST_CONNECTIONS:  # the oldest has had its time to say something
+                self._drop(next(iter(self._connections)))
+            self._connections[connection] = None
             self._loop.add_reader(connection.fileno(), self._read, connection)
         for connection in list(self._connections):
             self._read(connection)
@@ -142,7 +148,7 @@ class Adoption:
     def _refusal(self, uid: int, offer: adoption.Offer, fds: list[int]) -> str:
         if uid not in {os.geteuid(), 0}:
             return f"user {uid} may not adopt a worker of user {os.geteuid()}"
-        if offer.version != adoption.VERSION or len(fds) != 1:
+        if offer.version != adoption.VERSION or len(fds) != 1 or not adoption.is_pipe(fds[0]):
             return f"an offer of version {offer.version} with {len(fds)} descriptors"
         if offer.identity and offer.identity != self._spec.identity:
             return "it belongs to another instance"
@@ -169,7 +175,7 @@ class Adoption:
 
     def _drop(self, connection: socket.socket) -> None:
         if connection in self._connections:
-            self._connections.discard(connection)
+            del self._connections[connection]
             assert self._loop is not None
             self._loop.remove_reader(connection.fileno())
             connection.close()

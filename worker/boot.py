@@ -35,7 +35,7 @@ def main() -> int:
     try:
         fds = take_inherited(os.environ)
         spec = _read_spec(fds)
-    except (InheritanceError, msgspec.MsgspecError, KeyError, OSError) as error:
+    except (InheritanceError, msgspec.MsgspecError, RecursionError, KeyError, OSError) as error:
         print(f"segue.worker: started by hand? {type(error).__name__}: {error}", file=sys.stderr)
         return _EXIT_NOT_A_WORKER
     priority = None if spec.in_haste else BootPriority()

@@ -288,6 +288,10 @@ class Intake:
             _log.error("event=not-adopted reason=%r", str(error))
             relay.close_all([adopted.fd])
             return
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != listener.type:
+            _log.error("event=not-adopted reason='it is no stream'")
+            sock.close()
+            return
         sock.setblocking(False)
         self.adopted += 1
         name = adopted.listener.info.name
