@@ -319,8 +319,8 @@ def test_a_worker_outlives_what_strangers_say_to_its_adoption_socket(application
 def dial(path: str) -> socket.socket:
     """Wait until there is room in the queue."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(path)  # with a timeout it would not wait
     sock.settimeout(60)
-    sock.connect(path)
     return sock
 
 
