@@ -166,3 +166,42 @@ def test_other_commands_end_by_a_signal_too(application, tmp_path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+REAPING = """
+import os
+from segue.supervisor import reaping
+
+def ended(status):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(status)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+early, own, late = ended(0), ended(7), ended(0)
+reaping.leave(own)
+reaping.reap()
+assert os.waitid(os.P_PID, own, os.WEXITED | os.WNOWAIT | os.WNOHANG).si_status == 7
+assert os.waitstatus_to_exitcode(os.waitpid(own, 0)[1]) == 7
+reaping.done(own)
+reaping.reap()
+for pid in (early, late):
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        continue
+    raise AssertionError("a stranger is left")
+"""
+
+
+def test_a_worker_that_has_ended_is_left_to_whoever_asks_how() -> None:
+    """Whatever has ended before it and after it; in each order of the two messages of the kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", REAPING],
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
