@@ -1,15 +1,16 @@
 """What a master that has just started makes of the workers that it has found: the state that its lifecycle begins with.
 
 Workers tell what they are; the journal tells what they were for. One rule for each mode in which a worker can be found,
-whatever its master was doing when it ended: those of the current generation serve on, those of older ones go on leaving,
-those of a generation that was never promoted are ended. A promote that was begun and not written down as done is
-finished if all of its workers are ready, else undone. Who has not answered counts as alive for as long as its
-generation's deadlines allow, and as having all that it may have.
+whatever its master was doing when it ended: those of the current generation serve on, those of older ones go on leaving
+or stay parked, those of a generation that was never promoted are ended, unless it is staged and whole. A promote that was
+begun and not written down as done is finished if all of its workers are ready, else undone; one of which only some
+workers were to serve is undone. If nobody accepts, since the old workers made room for new ones that never came, the
+old ones serve again. Who has not answered counts as alive for as long as its generation's deadlines allow, and as
+having all that it may have.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import msgspec
@@ -34,6 +35,9 @@ INTERRUPTED = "the master ended before it was done"
 SILENT = "it did not answer the new master"
 _SERVING = frozenset({WorkerMode.READY, WorkerMode.ACTIVE})
 _LEAVING = frozenset({WorkerMode.DRAINING, WorkerMode.DRAINED})
+_RETURNING = _LEAVING | {WorkerMode.QUIET, WorkerMode.PARKED}
+_KEPT = frozenset({GenerationState.ACTIVE, GenerationState.DRAINING, GenerationState.PARKED})
+"""What a generation can have been that can still be gone back to."""
 
 
 class Adopted(msgspec.Struct, frozen=True):
@@ -66,17 +70,26 @@ def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], no
     current = _current(known, grouped, promoting)
     for number, workers in grouped.items():
         state.generations[number] = _generation(known, number, workers, limits, now)
+    for number in known.generations.keys() - grouped.keys():
+        _remember(turn, known, number, limits)
     if current is not None:
         state.current = current
         state.generations[current].state = GenerationState.ACTIVE
     for number, workers in grouped.items():
         generation = state.generations[number]
         if number == current:
-            for worker in workers:
-                _go_on(turn, generation, worker)
-        elif number != promoting or current is None:
-            generation.state = GenerationState.DRAINING
+            _go_on_all(turn, generation, workers)
+        elif number == promoting and current is not None:
+            continue
+        elif _is_staged(known, generation, workers) and current is not None:
+            generation.state = GenerationState.STAGED
+            for worker in generation.workers.values():
+                worker.state = WorkerState.READY
+        else:
+            kept = current is not None and _was(known, number) in _KEPT
+            generation.state = GenerationState.DRAINING if kept else GenerationState.RETIRED
             _leave(turn, generation, workers)
+    _watch_on(turn, known)
     outcome = ""
     if promoting is not None and promoting in grouped and promoting != current and current is not None:
         outcome = _conclude_promote(turn, known, state.generations[promoting], grouped[promoting])
@@ -95,8 +108,9 @@ def _interrupted(known: memory.Memory) -> int | None:
 def _current(
     known: memory.Memory, grouped: Mapping[int, list[FoundWorker]], promoting: int | None
 ) -> int | None:
-    """The generation that serves: as written down, else the newest of which a worker accepts."""
-    if known.current is not None and any(_serves(worker) for worker in grouped.get(known.current, ())):
+    """The generation that serves: as written down, else the newest of which a worker accepts, else the one that did."""
+    workers = grouped.get(known.current or 0, [])
+    if any(_serves(worker) for worker in workers):
         return known.current
     candidates = [
         number
@@ -106,11 +120,43 @@ def _current(
     ]
     if promoting in candidates:
         return promoting  # it accepts, and nothing else does
-    return max(candidates, default=None)
+    returning = any(worker.told is not None and worker.told.mode in _RETURNING for worker in workers)
+    return max(candidates, default=known.current if returning else None)
 
 
 def _serves(worker: FoundWorker) -> bool:
     return not worker.booting if worker.told is None else worker.told.mode in _SERVING
+
+
+def _was(known: memory.Memory, number: int) -> str:
+    """The state of a generation as it was written down."""
+    written = known.generations.get(number)
+    return "" if written is None else written.state
+
+
+def _is_staged(known: memory.Memory, generation: m.Generation, workers: list[FoundWorker]) -> bool:
+    """Whether it was staged, and all of its workers are ready."""
+    ready = [each for each in workers if each.told is not None and each.told.mode is WorkerMode.READY]
+    return (
+        _was(known, generation.id) == GenerationState.STAGED
+        and len(ready) == len(workers) >= generation.wanted
+    )
+
+
+def _remember(turn: Turn, known: memory.Memory, number: int, limits: Mapping[int, m.Limits]) -> None:
+    """One of which no worker lives: it is kept for the rest of its time, if it is known what it was started from."""
+    written = known.generations[number]
+    kept = _here(written.kept_until, known)
+    if number not in limits or kept is None or kept <= turn.now or written.state not in _KEPT:
+        return
+    generation = _generation(known, number, [], limits, turn.now)
+    generation.state = GenerationState.PARKED
+    turn.state.generations[number] = generation
+
+
+def _here(unix: float | None, known: memory.Memory) -> float | None:
+    """A time of the journal on this clock."""
+    return None if unix is None else unix - known.wall
 
 
 def _generation(
@@ -121,12 +167,18 @@ def _generation(
     now: float,
 ) -> m.Generation:
     written = known.generations.get(number)
-    since = now if written is None else now - max(0.0, time.time() - written.since)
+    since = now if written is None else min(now, _here(written.since, known) or now)
     generation = m.Generation(number, GenerationState.BOOTING, since=since)
     generation.limits = limits.get(number, m.Limits())
     generation.target = len(workers) if written is None else written.target
     generation.missing = 0 if written is None else written.missing
-    most = max(worker.key[1] for worker in workers)
+    if written is not None:
+        served = now if written.state == GenerationState.ACTIVE else 0.0
+        generation.served_until = _here(written.served_until, known) or served
+        if written.state in _KEPT:
+            generation.warm_until = _here(written.warm_until, known)
+            generation.kept_until = _here(written.kept_until, known)
+    most = max((worker.key[1] for worker in workers), default=0)
     generation.next_worker = max(most + 1, 0 if written is None else written.next_worker)
     for each in workers:
         generation.workers[each.key[1]] = _worker(known, each, now)
@@ -139,6 +191,8 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
     worker.swaps_seen = known.numbers.swaps
     if found.told is not None:
         told = found.told
+        if known.instance is not None and not _is_up_to_date(known, told.versions):
+            worker.swaps_seen -= 1
         worker.handover, worker.lead = told.handover_s, told.lead
         worker.services = ServicesState.ACTIVE if told.services_active else ServicesState.IDLE
         worker.drain_mode = told.operator_drain
@@ -152,6 +206,19 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
 
 
 # ---------------------------------------------------------------------------------------------- what becomes of each
+
+
+def _go_on_all(turn: Turn, generation: m.Generation, workers: list[FoundWorker]) -> None:
+    """The generation that serves; or that did, and does again."""
+    generation.warm_until = generation.kept_until = None
+    if any(_serves(worker) for worker in workers):
+        for worker in workers:
+            _go_on(turn, generation, worker)
+        return
+    generation.state = GenerationState.DRAINING
+    _leave(turn, generation, workers)
+    promotion.begin(turn, generation, PromoteKind.ROLLBACK, because=INTERRUPTED)
+    promotion.check(turn)
 
 
 def _go_on(turn: Turn, generation: m.Generation, found: FoundWorker) -> None:
@@ -186,6 +253,10 @@ def _leave(turn: Turn, generation: m.Generation, workers: list[FoundWorker]) -> 
             worker.handover_refused = True  # it is told when it shows that it is alive
         elif mode in {WorkerMode.ACTIVE, WorkerMode.QUIET}:
             quiet.append(worker)
+        elif mode is WorkerMode.PARKED:
+            worker.state = WorkerState.PARKED
+            if generation.warm_until is None and generation.id != turn.state.current:
+                turn.dismiss(generation, worker, "it is no longer needed")
         else:
             _end(turn, generation, worker, mode)
     turn.quiet(generation, quiet)
@@ -203,20 +274,21 @@ def _end(turn: Turn, generation: m.Generation, worker: m.Worker, mode: WorkerMod
 def _conclude_promote(
     turn: Turn, known: memory.Memory, generation: m.Generation, workers: list[FoundWorker]
 ) -> str:
-    """The new generation of a promote that was begun: all are ready, and it is finished; else nothing of it is left."""
-    written = known.generations.get(generation.id)
-    target = written.target if written is not None else len(workers)
+    """The generation of a promote that was begun: all are ready, and it is finished; else nothing of it is left."""
+    assert known.promote is not None
     modes = [found.told.mode for found in workers if found.told is not None]
     generation.state = GenerationState.ACTIVATING
     turn.state.promote = m.Promote(
         generation.id,
         turn.state.current,
-        PromoteKind.RELOAD,
+        known.promote.kind,
         PromotePhase.ACTIVATE,
         Strategy.SURGE,
         asof=turn.now,
+        because=known.promote.because,
     )
-    finish = len(modes) == len(workers) >= target and all(mode in _SERVING for mode in modes)
+    able = _SERVING | _RETURNING if generation.served_until else _SERVING
+    whole = len(modes) == len(workers) >= generation.wanted and all(mode in able for mode in modes)
     for found in workers:
         worker = generation.workers[found.key[1]]
         mode = found.told.mode if found.told is not None else None
@@ -224,17 +296,36 @@ def _conclude_promote(
             worker.state = WorkerState.ACTIVE
         elif mode is WorkerMode.READY:
             worker.state = WorkerState.READY
+        elif mode is WorkerMode.PARKED:
+            worker.state = WorkerState.PARKED
         elif mode is WorkerMode.QUIET:
             worker.state = WorkerState.ACTIVATING  # what it has, it hands back
         elif mode is not None and mode is not WorkerMode.BOOTING:
             _end(turn, generation, worker, mode)
-    if not finish:
+    if not whole or known.promote.mixed:
         promotion.fail(turn, generation, INTERRUPTED)
         return "undone"
-    for worker in generation.having(frozenset({WorkerState.READY})):
+    for worker in generation.having(frozenset({WorkerState.READY, WorkerState.ACTIVATING}) | m.RETURNING):
         turn.activate(generation, worker)
     promotion.check(turn)
     return "finished"
+
+
+def _watch_on(turn: Turn, known: memory.Memory) -> None:
+    """A probation goes on for what is left of it. What its workers have answered is told by them from their start on."""
+    written = known.probation
+    if written is None or written.generation not in turn.state.generations:
+        return
+    until = _here(written.until, known) or turn.now
+    turn.state.probation = m.Probation(
+        written.generation,
+        written.previous,
+        until,
+        (0, 0),
+        (0, 0),
+        written.share_before,
+        written.breach,
+    )
 
 
 def _look_after_current(
@@ -251,16 +342,27 @@ def _look_after_current(
             _compare_services(turn, known, current, worker, told.versions)
     if known.swap is not None:
         _give_up_swap(turn, known.swap, current)
-    turn.state.drained_watch[current.id] = frozenset(turn.state.generations) - {current.id}
+    leaving = {GenerationState.DRAINING, GenerationState.RETIRED, GenerationState.FAILED}
+    turn.state.drained_watch[current.id] = frozenset(
+        each.id for each in turn.state.generations.values() if each is not current and each.state in leaving
+    )
     staffing.fill(turn, current)
+
+
+def _decided(known: memory.Memory, service: str) -> int:
+    record = known.services.get(service)
+    return 1 if record is None else record.version
+
+
+def _is_up_to_date(known: memory.Memory, versions: Mapping[str, int]) -> bool:
+    return all(version == _decided(known, name) for name, version in versions.items())
 
 
 def _compare_services(
     turn: Turn, known: memory.Memory, current: m.Generation, worker: m.Worker, versions: Mapping[str, int]
 ) -> None:
     for name, version in versions.items():
-        record = known.services.get(name)
-        decided = record.version if record is not None else 1
+        decided = _decided(known, name)
         if version != decided:
             why = f"its service {name} is version {version}, and {decided} was decided"
             staffing.replace(turn, current, worker, why)

@@ -77,9 +77,18 @@ def _living(fd: int | None, path: str) -> int | None:
 def snapshots(
     mastership: Mastership, listeners: Mapping[str, Listener], now: config.Effective, log: Log
 ) -> dict[int, Snapshot]:
-    """What the generations of the workers that were found were made from, by what was written down, else as it is now."""
+    """What the generations of the workers that were found were made from, by what was written down, else as it is now.
+
+    Also of those without a worker that are kept, if it was written down.
+    """
     found: dict[int, Snapshot] = {}
-    for number, workers in finding.by_generation(mastership.found.workers).items():
+    grouped = finding.by_generation(mastership.found.workers)
+    for number in memory.kept(mastership.known):
+        kept = mastership.known.generations[number].sources
+        again = memory.snapshot_of(kept, listeners, now) if kept is not None else None
+        if number not in grouped and again is not None:
+            found[number] = msgspec.structs.replace(again, token=_token(again.settings, log))
+    for number, workers in grouped.items():
         written = mastership.known.generations.get(number)
         sources = written.sources if written is not None else None
         settings = now.settings

@@ -8,7 +8,7 @@ is as if it had never been written: living workers are asked, and the settings o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,7 +18,7 @@ from segue.handoff.listeners import Listener
 from segue.handoff.messages import ListenerInfo, ServiceRecord
 from segue.supervisor import settings as config
 from segue.supervisor.code import Code
-from segue.supervisor.model import State, WorkerState
+from segue.supervisor.model import GenerationState, PromoteKind, State, WorkerState
 from segue.supervisor.snapshot import Snapshot
 from segue.supervisor.timeline import Span
 from segue.supervisor.totals import Written
@@ -49,6 +49,21 @@ class Promote(msgspec.Struct, frozen=True):
     previous: int | None
     generation: int
     committed: bool = False
+    kind: PromoteKind = PromoteKind.RELOAD
+    because: str = ""
+    mixed: bool = False
+    """Not all of its workers were to serve yet."""
+
+
+class Probation(msgspec.Struct, frozen=True):
+    """The watch over the current generation."""
+
+    generation: int
+    previous: int
+    until: float
+    """Unix time."""
+    share_before: float = 0.0
+    breach: str = ""
 
 
 class Swap(msgspec.Struct, frozen=True):
@@ -93,17 +108,24 @@ class Generation(msgspec.Struct, frozen=True):
     next_worker: int
     processes: dict[int, Process] = {}
     sources: Sources | None = None
+    warm_until: float | None = None
+    """Unix time, as the next two."""
+    kept_until: float | None = None
+    served_until: float | None = None
 
 
 class Memory(msgspec.Struct):
     """Everything that was written down."""
 
+    wall: float = 0.0
+    """What a Unix time is ahead of this machine's monotonic clock, in which it is read."""
     instance: Instance | None = None
     numbers: Numbers = Numbers()
     current: int | None = None
     drain_mode: str | None = None
     timeline: dict[int, list[Span]] = {}
     promote: Promote | None = None
+    probation: Probation | None = None
     swap: Swap | None = None
     services: dict[str, ServiceRecord] = {}
     generations: dict[int, Generation] = {}
@@ -121,9 +143,11 @@ _OPERATION = "operation/"
 def recall(values: dict[str, bytes]) -> Memory:
     """Read it back. Never raises."""
     memory = Memory(
+        wall=wall(),
         instance=_decode(values.get("instance"), Instance),
         numbers=_decode(values.get("numbers"), Numbers) or Numbers(),
         promote=_decode(values.get("promote"), Promote),
+        probation=_decode(values.get("probation"), Probation),
         swap=_decode(values.get("swap"), Swap),
         services=_decode(values.get("services"), dict[str, ServiceRecord]) or {},
         current=_decode(values.get("current"), int),
@@ -151,11 +175,17 @@ def _decode(data: bytes | None, kind: type[_T]) -> _T | None:
         return None
 
 
+def wall() -> float:
+    """What a Unix time is ahead of the monotonic clock."""
+    return time.time() - time.monotonic()
+
+
 class Writer:
     """Puts the state of a master into the form of the journal."""
 
-    def __init__(self, instance: Instance) -> None:
-        self._instance = instance
+    def __init__(self, instance: Instance, clock: Callable[[], float] = wall) -> None:
+        """`clock` tells what a Unix time is ahead of the clock of the state."""
+        self._instance, self._clock = instance, clock
         self._promote: Promote | None = None
         self._sources: dict[int, tuple[Snapshot, Sources]] = {}
 
@@ -171,6 +201,8 @@ class Writer:
     ) -> dict[str, Any]:
         """What is to be in the journal. `processes` are pid and start time, by generation and worker."""
         self._sources = {number: known for number, known in self._sources.items() if number in snapshots}
+        wall = self._clock()
+        watch, change = state.probation, state.change
         undecided = state.swap if state.swap is not None and not state.swap.decided else None
         values: dict[str, Any] = {
             "instance": self._instance,
@@ -178,14 +210,22 @@ class Writer:
             "current": state.current,
             "drain_mode": state.drain_mode,
             "promote": self._promote_of(state),
+            "probation": watch
+            and Probation(
+                watch.generation,
+                watch.previous,
+                round(watch.until + wall, 1),
+                round(watch.share_before, 3),
+                watch.breach,
+            ),
             "swap": undecided and Swap(undecided.operation, undecided.service, undecided.version),
             "services": state.services,
             "totals": totals,
         }
-        wall = time.time() - time.monotonic()
         for number, generation in state.generations.items():
+            comes = change is not None and change.generation == number
             values[f"{_GENERATION}{number}"] = Generation(
-                state=generation.state,
+                state=GenerationState.BOOTING if comes else generation.state,
                 since=round(generation.since + wall, 1),
                 target=generation.target,
                 missing=generation.missing,
@@ -196,6 +236,9 @@ class Writer:
                     if (number, worker.id) in processes
                 },
                 sources=self._sources_of(number, snapshots.get(number)),
+                warm_until=_unix(generation.warm_until, wall),
+                kept_until=_unix(generation.kept_until, wall),
+                served_until=_unix(generation.served_until or None, wall),
             )
         for number, code in codes.items():
             values[f"{_CODE}{number}"] = msgspec.structs.replace(code, files={})
@@ -205,7 +248,14 @@ class Writer:
         """Written with the step that tells the first worker to activate, before it is told."""
         promote = state.promote
         if promote is not None and state.generations[promote.generation].having(_TAKES_WORK):
-            self._promote = Promote(self._instance.epoch, promote.previous, promote.generation)
+            self._promote = Promote(
+                self._instance.epoch,
+                promote.previous,
+                promote.generation,
+                kind=promote.kind,
+                because=promote.because,
+                mixed=promote.is_mixed,
+            )
             return self._promote
         last = self._promote
         if last is not None and not last.committed:
@@ -220,6 +270,10 @@ class Writer:
         if known is None or known[0] is not taken:
             known = self._sources[number] = (taken, _sources(taken))
         return known[1]
+
+
+def _unix(time_s: float | None, wall: float) -> float | None:
+    return None if time_s is None else round(time_s + wall, 1)
 
 
 def _sources(taken: Snapshot) -> Sources:
@@ -242,6 +296,14 @@ def scaled(known: Memory, workers: int) -> int | None:
     if last is None or last.sources is None or last.sources.settings.get("workers") != workers:
         return None
     return last.target or None
+
+
+def kept(known: Memory) -> list[int]:
+    """The generations whose time is not over yet."""
+    now = time.monotonic() + known.wall
+    return [
+        n for n, each in known.generations.items() if each.kept_until is not None and each.kept_until > now
+    ]
 
 
 def living_settings(known: Memory) -> config.Effective | None:

@@ -19,7 +19,6 @@ def asked(turn: Turn, event: m.DrainAsked) -> None:
     for generation in turn.state.generations.values():
         for worker in generation.having(m.SERVING | m.LEAVING | {WorkerState.ACTIVATING}):
             turn.tell_drain(generation, worker)
-            turn.state.drain_change.pending.add((generation.id, worker.id))
 
 
 def check(turn: Turn) -> None:

@@ -62,7 +62,7 @@ def offered(state: m.State) -> list[m.Generation]:
 
 def next_deadline(state: m.State, generation: m.Generation) -> float | None:
     """When the time of one that is kept is over; None if nothing waits for that."""
-    if generation.state not in _KEPT or _is_busy(state, generation):
+    if generation.state not in _KEPT or _is_busy(state, generation) or _is_awaited(state, generation):
         return None
     times = [time for time in (generation.warm_until, generation.kept_until) if time is not None]
     return min(times, default=None)
@@ -79,14 +79,8 @@ def check(turn: Turn) -> None:
 
 
 def _check_kept(turn: Turn, generation: m.Generation) -> None:
-    if generation.warm_until is not None and generation.warm_until <= turn.now:
-        generation.warm_until = None
-        for worker in generation.having(frozenset({WorkerState.PARKED})):
-            turn.dismiss(generation, worker, "its time is over")
-    if generation.kept_until is not None and generation.kept_until <= turn.now:
-        generation.kept_until = None
-        if generation.state is GenerationState.PARKED:
-            retire(turn, generation, "its time is over")
+    if not _is_awaited(turn.state, generation):
+        _check_time(turn, generation)
     if generation.state is not GenerationState.DRAINING:
         return
     if all(worker.state is WorkerState.PARKED for worker in generation.workers.values()):
@@ -96,14 +90,27 @@ def _check_kept(turn: Turn, generation: m.Generation) -> None:
             turn.say("info", "parked", generation, None, workers=len(generation.workers))
 
 
+def _check_time(turn: Turn, generation: m.Generation) -> None:
+    if generation.warm_until is not None and generation.warm_until <= turn.now:
+        generation.warm_until = None
+        for worker in generation.having(frozenset({WorkerState.PARKED})):
+            turn.dismiss(generation, worker, "its time is over")
+    if generation.kept_until is not None and generation.kept_until <= turn.now:
+        generation.kept_until = None
+        if generation.state is GenerationState.PARKED:
+            retire(turn, generation, "its time is over")
+
+
 def _is_busy(state: m.State, generation: m.Generation) -> bool:
-    """Whether it is being promoted or will be, or is the one that serves or will again unless another's promote succeeds."""
-    promote, probation = state.promote, state.probation
-    return (
-        generation.id == state.current
-        or (promote is not None and promote.generation == generation.id)
-        or (probation is not None and probation.previous == generation.id and bool(probation.breach))
-    )
+    """Whether it is being promoted, or is the one that serves or will again unless another's promote succeeds."""
+    promote = state.promote
+    return generation.id == state.current or (promote is not None and promote.generation == generation.id)
+
+
+def _is_awaited(state: m.State, generation: m.Generation) -> bool:
+    """Whether it is to be gone back to, as soon as that can be."""
+    probation = state.probation
+    return probation is not None and probation.previous == generation.id and bool(probation.breach)
 
 
 def _is_warm(turn: Turn, generation: m.Generation) -> bool:

@@ -16,6 +16,7 @@ from segue.supervisor.turn import Turn
 def begin(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     """`step`, at the end of this turn, starts the first one."""
     promote.phase = PromotePhase.ROLLING
+    staffing.end_scaling(turn, ok=False, reason="a reload came between")
     generation.deadline = turn.now + generation.limits.ready_timeout
     turn.effects.append(m.Progress(promote.operations, PromotePhase.ROLLING))
 

@@ -130,7 +130,9 @@ class Turn:
         self.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S, watch=watch)
 
     def tell_drain(self, generation: m.Generation, worker: m.Worker) -> None:
-        """Tell it of the operator's drain."""
+        """Tell it of the operator's drain; whoever asked for that waits for the answer."""
+        if self.state.drain_change is not None:
+            self.state.drain_change.pending.add((generation.id, worker.id))
         worker.drain_mode = self.state.drain_mode
         worker.drains_unanswered += 1
         self.command(generation, worker, Verb.DRAIN, COMMAND_TIMEOUT_S, mode=self.state.drain_mode)

@@ -15,10 +15,16 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from segue.supervisor import lifecycle, swaps
+import msgspec
+
+from segue.handoff.adoption import Acceptance
+from segue.handoff.messages import WorkerMode
+from segue.supervisor import adoption, lifecycle, memory, swaps
 from segue.supervisor import model as m
+from segue.supervisor.finding import Found, FoundWorker
 from segue.supervisor.model import (
     ChangePhase,
     GenerationState,
@@ -29,6 +35,7 @@ from segue.supervisor.model import (
     Verb,
     WorkerState,
 )
+from segue.supervisor.totals import Written
 
 LIMITS = m.Limits(ready_timeout=20.0, drain_timeout=60.0, stop_timeout=10.0, heartbeat_timeout=9.0)
 BOOT_S = 1.0
@@ -104,6 +111,8 @@ class Call:
     """A command on its way to a worker."""
 
     command: m.Command | m.SwapCommand
+    epoch: int
+    """Of the master that makes it."""
     answered: bool = False
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -150,6 +159,8 @@ class Process:
     call: Call | None = None
     beside: list[Call] = field(default_factory=list)
     """Calls that are made beside the others."""
+    orphaned: int = 0
+    """It has lost its master, in this epoch."""
     deaf: bool = False
     """It has left a call without an answer."""
     versions: dict[str, int] = field(default_factory=dict)
@@ -165,6 +176,11 @@ class Process:
     @property
     def accepts(self) -> bool:
         return self.alive and self.mode == "active"
+
+
+def _fake_process(process: Process) -> Any:
+    """What of a process adoption looks at: whether its output is still caught, since it boots."""
+    return SimpleNamespace(output=object() if process.mode == "booting" else None)
 
 
 class World:
@@ -211,6 +227,15 @@ class World:
         self.first_failed = False
         self.served_at_stop: bool | None = None
         self.cut_at_stop = False
+        self.epoch = 1
+        self.journals = False
+        """Whether the masters of this world can die: each step is written down."""
+        self.dies_after: int | None = None
+        """The master dies in its next step, after so many of its effects."""
+        self.lost: set[int] = set()
+        """Operations whose asker has lost the master before there was an answer."""
+        self._writer = memory.Writer(memory.Instance("world", 1), clock=lambda: 0.0)
+        self._written: dict[str, Any] = {}
         self.last_messages: deque[m.Event] = deque(maxlen=30)
         self._next_operation = 1
         self._frozen: list[m.Event] | None = None
@@ -443,12 +468,116 @@ class World:
         if isinstance(event, m.StopAsked) and self.served_at_stop is None and self.exit is None:
             self.served_at_stop = before.serving or before.current is None
         self.state = after
-        for effect in effects:
+        self._record()
+        for number, effect in enumerate(effects):
             assert self.exit is None, f"{effect} after the exit"
+            if self.journals and self.dies_after == number:
+                self.kill_master()
+                return
             self._execute(effect, before, effects)
         self.log += effects
+        if effects:
+            self._record()
         if self.exit is None:
             Checks(self, before, event, effects).all()
+
+    def _record(self) -> None:
+        if self.journals:
+            pids = {process.key: (1, 1) for process in self.live()}
+            self._written = self._writer.values(self.state, {}, pids, {}, self._next_operation, Written())
+
+    def kill_master(self, downtime: float = 0.0, upgrade: bool = False) -> None:
+        """The master dies, or executes itself; after `downtime` seconds there is another one."""
+        if self.exit is not None or not self.journals or self._frozen is not None:
+            return
+        self.dies_after = None
+        self.epoch += 1
+        self._queue.clear()
+        for number in self.asked.keys() - self.answers.keys():
+            self.lost.add(number)
+            del self.asked[number]
+        for key in self.spawned.keys() - self.processes.keys():
+            self.ended[key] = self.ended[key] or 1  # its code was being compared
+        for process in self.live():
+            for call in [*process.beside, *process.calls, *([process.call] if process.call else [])]:
+                call.answered = True
+            process.calls.clear()
+            process.beside.clear()
+            process.call = None
+            if not upgrade:
+                self._act(process, lambda process=process: self._lose_master(process))  # type: ignore[misc]
+        self._frozen = []
+        end = self.now + downtime
+        while self._happenings and self._happenings[0][0] <= end:
+            self.now, _, happening = heapq.heappop(self._happenings)
+            happening()
+        self.now, self._frozen, self._steps_now = end, None, 0
+        self._adopt()
+
+    def upgrade(self) -> None:
+        """The master executes itself, unless something is under way, as the real one."""
+        state = self.state
+        busy = state.stopping or state.changing or state.queued or state.swap or state.swaps_queued
+        if not (busy or state.scaling or state.scale_queued or state.drain_change or state.current is None):
+            self.kill_master(0.05, upgrade=True)
+
+    def _lose_master(self, process: Process) -> None:
+        """What a worker does without one."""
+        process.orphaned = self.epoch
+        match process.mode:
+            case "booting" | "ready":
+                self._die(process, 70, "has lost its master")
+            case "drained":
+                self._stop(process, self.limits.stop_timeout)
+            case "quiet":
+                self._mode(process, "draining")
+                process.drains += 1
+                self._finish(process, process.drains)
+
+    def _adopt(self) -> None:
+        known = memory.recall({key: msgspec.json.encode(value) for key, value in self._written.items()})
+        known.wall = 0.0
+        workers = [FoundWorker(p.key, _fake_process(p), self._acceptance(p)) for p in self.live()]
+        limits = dict.fromkeys(self.releases, self.limits)
+        adopted = adoption.adopt(known, Found(workers), limits, self.now)
+        self.said["adopted"] += 1
+        for process in self.live():
+            process.orphaned = 0
+            process.ready_seen = process.ready_seen and process.mode != "ready"
+            process.gated = process.gated or process.mode == "booting"
+        before, self.state = self.state, adopted.state
+        for number in before.generations.keys() - self.state.generations.keys():
+            self.superseded.setdefault(number, self.now)
+        self._writer = memory.Writer(memory.Instance("world", self.epoch), clock=lambda: 0.0)
+        self._record()
+        for effect in adopted.effects:
+            self._execute(effect, self.state, adopted.effects)
+        self.log += adopted.effects
+        self._record()
+        if self.state.current is None:
+            self.served_at_stop = None
+            self.reload()
+        self.put(m.TimePassed())
+
+    def _acceptance(self, process: Process) -> Acceptance | None:
+        """What it tells its new master; None if it hangs."""
+        if process.hung:
+            return None
+        return Acceptance(
+            version=1,
+            pid=1,
+            start_time=1,
+            identity="world",
+            generation=process.key[0],
+            worker=process.key[1],
+            mode=WorkerMode(process.mode),
+            fingerprint="",
+            handover_s=None if process.mode == "booting" else self.handover,
+            services_active=process.services_active,
+            lead=process.leads,
+            versions={"model": 1, "limits": 1} | process.versions,
+            operator_drain=process.operator_drain,
+        )
 
     def _execute(self, effect: m.Effect, before: m.State, effects: list[m.Effect]) -> None:
         match effect:
@@ -462,9 +591,8 @@ class World:
                 assert not (before.stopping and before.stopping.begun), f"{key} is spawned during a stop"
                 self.spawned[key] = self.now
                 if effect.gated:
-                    self._at(
-                        SLOW_GATE_S if "slow disk" in self.weather else GATE_S, lambda: self._gate(effect)
-                    )
+                    gate_s = SLOW_GATE_S if "slow disk" in self.weather else GATE_S
+                    self._at(gate_s, self._of_this_master(lambda: self._gate(effect)))
                 else:
                     self._spawn(effect)
             case m.Command() | m.SwapCommand():
@@ -519,7 +647,17 @@ class World:
                 self._harm(generation)
             self._tell(m.Prepared(generation, workers, self.limits))
 
-        self._at(50.0 if settings == "late" else 0.02, done)
+        self._at(50.0 if settings == "late" else 0.02, self._of_this_master(done))
+
+    def _of_this_master(self, happening: Callable[[], None]) -> Callable[[], None]:
+        """What it does itself, and does not do any more once it is dead."""
+        epoch = self.epoch
+
+        def if_alive() -> None:
+            if self.epoch == epoch:
+                happening()
+
+        return if_alive
 
     def _check_code(self, generation: int) -> None:
         """A throw-away process imports it."""
@@ -527,7 +665,8 @@ class World:
         if behaviour == "hangs":
             return
         error = "exited with 3 during import: ModuleNotFoundError" if behaviour == "exits" else ""
-        self._at(0.3, lambda: self._tell(m.Checked(generation, error, error and "Traceback")))
+        done = m.Checked(generation, error, error and "Traceback")
+        self._at(0.3, self._of_this_master(lambda: self._tell(done)))
 
     def _gate(self, effect: m.Spawn) -> None:
         """A respawn starts only if its code is still there."""
@@ -556,7 +695,7 @@ class World:
         process = self.processes.get((command.generation, command.worker))
         if process is None or not process.alive:
             return
-        call = Call(command)
+        call = Call(command, self.epoch)
         if isinstance(command, m.SwapCommand):
             self._check_swap_command(process, command)
         if command.verb is Verb.SWAP_PREPARE:
@@ -589,6 +728,8 @@ class World:
         answer_lost = "answers lost" in self.weather
 
         def arrive() -> None:
+            if call.epoch != self.epoch:
+                return  # another master has come meanwhile
             if refused:
                 error: str | None = "not now"
             elif isinstance(command, m.SwapCommand):
@@ -680,7 +821,7 @@ class World:
             process.ready_seen = True
             if process.gated:
                 gate_s = SLOW_GATE_S if "slow disk" in self.weather else GATE_S
-                self._at(gate_s, lambda: self._ready_if_same(process))
+                self._at(gate_s, self._of_this_master(lambda: self._ready_if_same(process)))
             else:
                 self._say(process, m.WorkerReady(*process.key, self.handover))
         if process.wants_recycling:
@@ -788,6 +929,9 @@ class World:
     def _finish(self, process: Process, drain: int) -> None:
         if process.mode == "draining" and process.drains == drain:
             self._mode(process, "drained")
+            if process.orphaned:
+                self._stop(process, self.limits.stop_timeout)
+                return
             self._say(process, m.WorkerDrained(*process.key))
 
     def _stop(self, process: Process, budget: float) -> None:
@@ -892,7 +1036,7 @@ class World:
             f"unanswered: {self.asked.keys() - self.answers.keys()}"
         )
         if self.served_at_stop is None:
-            assert not self.promoted, "an exit that nobody asked for"
+            assert self.epoch > 1 or not self.promoted, "an exit that nobody asked for"
             assert status == 3
         elif not self.served_at_stop or self.cut_at_stop:
             assert status != 0, "exit 0 from an outage"

@@ -42,6 +42,7 @@ class AnyOrder(RuleBasedStateMachine):
         behaviour=st.sampled_from(("good", "good", "good", *CODES)),
         ready=st.booleans(),
         services=st.sampled_from((True, True, True, False)),
+        mortal=st.booleans(),
         deploys=st.fixed_dictionaries(
             {
                 "park_for": st.sampled_from((0.0, 10.0, 100.0)),
@@ -54,10 +55,17 @@ class AnyOrder(RuleBasedStateMachine):
         ),
     )
     def start(
-        self, workers: int, behaviour: str, ready: bool, services: bool, deploys: dict[str, Any]
+        self,
+        workers: int,
+        behaviour: str,
+        ready: bool,
+        services: bool,
+        mortal: bool,
+        deploys: dict[str, Any],
     ) -> None:
         limits = msgspec.structs.replace(LIMITS, **deploys)
         self.world = World(workers, limits) if services else World(workers, limits, handover=None)
+        self.world.journals = mortal
         self.world.behaviour = behaviour
         self.world.reload()
         if ready:
@@ -189,6 +197,20 @@ class AnyOrder(RuleBasedStateMachine):
     def pause_the_master(self, seconds: float) -> None:
         self.world.pause(seconds)
 
+    @precondition(lambda self: self.world.state.stopping is None)
+    @rule(downtime=st.sampled_from((0.0, 0.3, 3.0)))
+    def kill_the_master(self, downtime: float) -> None:
+        self.world.kill_master(downtime)
+
+    @precondition(lambda self: self.world.state.stopping is None)
+    @rule(effects=st.integers(0, 4))
+    def kill_the_master_in_its_next_step(self, effects: int) -> None:
+        self.world.dies_after = effects
+
+    @rule()
+    def upgrade_the_master(self) -> None:
+        self.world.upgrade()
+
     # Time
 
     @rule(first=st.booleans())
@@ -203,8 +225,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         world = self.world
-        if not world.asked:
+        if not (world.asked or world.lost):
             return
+        world.dies_after = None
         if world.state.stopping is None:
             world.heal()
             if world.exit is None:

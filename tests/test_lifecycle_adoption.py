@@ -1,0 +1,237 @@
+"""The lifecycle alone: a master dies at any step of a deploy, and the next one finishes what was begun, or undoes it."""
+
+from __future__ import annotations
+
+import pytest
+from simulator import World
+from test_lifecycle_probation import outcomes
+from test_lifecycle_promotion import answered, calm, commands, serving, staged, started, state_of
+from test_lifecycle_strategies import until_phase
+
+from segue.supervisor.model import GenerationState, Outcome, PromotePhase, Strategy, Verb, WorkerState
+
+
+def recorded(workers: int = 2, **limits: object) -> World:
+    world = started(workers, **limits)
+    world.journals = True
+    return world
+
+
+def reloaded(workers: int = 2, **limits: object) -> World:
+    """Generation 2 serves, generation 1 is parked."""
+    world = recorded(workers, **limits)
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run_until(lambda: state_of(world, 1) is GenerationState.PARKED)
+    world.run(1.0)
+    return world
+
+
+def test_a_parked_generation_outlives_the_master_and_its_time_goes_on() -> None:
+    world = reloaded(park_for=60.0)
+    parked = {process.key for process in world.of(1)}
+    before = world.state.generations[1].warm_until
+    world.kill_master(downtime=3.0)
+    assert state_of(world, 1) is GenerationState.PARKED
+    assert {process.key for process in world.of(1)} == parked
+    assert world.state.generations[1].warm_until == pytest.approx(before, abs=0.1)
+    began = world.now
+    assert answered(world, world.rollback()).ok
+    assert world.now - began < 0.05
+    world.run(3.0)
+    assert serving(world) == parked
+
+
+def test_a_parked_generation_whose_time_is_over_when_the_next_master_comes_ends() -> None:
+    world = reloaded(park_for=10.0)
+    world.kill_master(downtime=60.0)
+    world.run(5.0)
+    assert list(world.state.generations) == [2]
+
+
+def test_of_several_parked_generations_the_one_that_served_last_is_still_known() -> None:
+    world = reloaded(park_for=100.0)
+    assert answered(world, world.reload()).ok
+    world.run(5.0)
+    assert answered(world, world.rollback(1)).ok
+    world.run(5.0)
+    world.kill_master()
+    assert answered(world, world.rollback()).generation == 3
+
+
+def test_a_generation_that_is_kept_without_workers_outlives_the_master_too() -> None:
+    world = reloaded(park_for=0.0, probation=100.0)
+    assert not world.of(1)
+    world.kill_master()
+    assert state_of(world, 1) is GenerationState.PARKED
+    world.restore(1)
+    assert answered(world, world.rollback()).ok
+    assert {process.key[0] for process in world.serving()} == {1}
+
+
+def test_a_probation_outlives_the_master() -> None:
+    world = reloaded(park_for=60.0, probation=60.0)
+    before = world.state.probation
+    world.kill_master(downtime=1.0)
+    after = world.state.probation
+    assert before is not None
+    assert after is not None
+    assert after.until == pytest.approx(before.until, abs=0.1)
+    world.crash(world.of(2)[0])
+    world.run(1.0)
+    assert [effect.to for effect in world.rolled_back] == [1]
+    assert outcomes(world) == [Outcome.ROLLED_BACK]
+
+
+def test_a_probation_that_ended_while_there_was_no_master_has_passed() -> None:
+    world = reloaded(park_for=10.0, probation=10.0)
+    world.kill_master(downtime=30.0)
+    world.run(1.0)
+    assert outcomes(world) == [Outcome.PASSED]
+
+
+def test_a_breach_that_was_found_just_before_is_not_forgotten() -> None:
+    world = reloaded(park_for=60.0, probation=60.0)
+    world.dies_after = 0
+    world.crash(world.of(2)[0])
+    world.run(2.0)
+    assert world.said["adopted"] == 1
+    assert {process.key[0] for process in world.serving()} == {1}
+    calm(world)
+
+
+def test_a_staged_generation_outlives_an_upgrade() -> None:
+    world = recorded()
+    staged(world)
+    world.kill_master(upgrade=True)
+    assert state_of(world, 2) is GenerationState.STAGED
+    assert answered(world, world.promote()).ok
+
+
+def test_a_staged_generation_ends_with_a_master_that_dies_since_it_serves_nobody() -> None:
+    world = recorded()
+    staged(world)
+    world.kill_master()
+    world.run(5.0)
+    assert list(world.state.generations) == [1]
+    assert len(world.serving()) == 2
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_promote_that_is_cut_short_is_finished_or_undone(after: int) -> None:
+    world = recorded()
+    staged(world)
+    world.dies_after = after
+    world.promote()
+    world.run(60.0)
+    world.dies_after = None
+    [generation] = {process.key[0] for process in world.serving()}
+    assert len(world.serving()) == 2
+    assert len({process.key[0] for process in world.live() if process.accepts}) == 1
+    assert generation in {1, 2}
+    calm(world)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.011, 0.015, 0.02, 0.03, 0.1])
+def test_a_rollback_that_is_cut_short_is_finished_or_undone(delay: float) -> None:
+    world = reloaded(park_for=60.0)
+    world.rollback()
+    world.run(delay)
+    world.kill_master(downtime=0.5)
+    world.run(30.0)
+    assert len(world.serving()) == 2
+    assert len({process.key[0] for process in world.live() if process.accepts}) == 1
+    assert not world.said["worker-killed"]
+    calm(world)
+
+
+def test_a_canary_that_is_cut_short_is_undone() -> None:
+    world = recorded(3, canary=1, canary_for=30.0)
+    operation = world.reload()
+    until_phase(world, PromotePhase.CANARY)
+    world.run(1.0)
+    before = {key for key in serving(world) if key[0] == 1}
+    world.kill_master()
+    world.run(20.0)
+    assert operation in world.lost
+    assert serving(world) == before
+    assert list(world.state.generations) == [1]
+    assert [c.worker for c in commands(world, Verb.HAND_OVER) if c.generation == 2] == [1]
+
+
+def test_a_rolling_reload_that_is_cut_short_is_undone() -> None:
+    world = recorded(3, strategy=Strategy.ROLLING)
+    world.reload()
+    world.run_until(lambda: len([process for process in world.of(2) if process.accepts]) == 2)
+    world.kill_master()
+    world.run(60.0)
+    assert {process.key[0] for process in world.serving()} == {1}
+    assert len(world.serving()) == 3
+    calm(world)
+
+
+@pytest.mark.parametrize("phase", [PromotePhase.CLEAR, PromotePhase.MUSTER, PromotePhase.ACTIVATE])
+def test_a_replacement_that_is_cut_short_serves_again(phase: PromotePhase) -> None:
+    world = recorded(strategy=Strategy.REPLACE, replace_timeout=5.0)
+    for process in world.serving():
+        process.work_s = 3.0
+    world.reload()
+    until_phase(world, phase)
+    world.kill_master()
+    world.run(20.0)
+    assert len(world.serving()) == 2
+    calm(world)
+
+
+def test_old_workers_that_made_room_for_new_ones_that_never_came_serve_again() -> None:
+    world = recorded(strategy=Strategy.REPLACE, replace_timeout=20.0)
+    for process in world.serving():
+        process.work_s = 10.0
+    before = serving(world)
+    world.reload()
+    until_phase(world, PromotePhase.CLEAR)
+    world.run(1.0)
+    assert not serving(world)
+    world.kill_master()
+    world.run(1.0)
+    assert serving(world) == before
+
+
+def test_what_was_given_up_is_not_gone_back_to_by_the_next_master() -> None:
+    world = reloaded(park_for=100.0)
+    for process in world.serving():
+        process.work_s = 50.0
+    assert answered(world, world.reload()).ok
+    assert answered(world, world.discard(2)).ok
+    world.run(1.0)
+    world.kill_master()
+    assert state_of(world, 2) is GenerationState.RETIRED
+    answer = answered(world, world.rollback(2))
+    assert (answer.code, answer.details) == (409, {"known": [1]})
+
+
+def test_what_was_parked_before_a_service_was_swapped_starts_anew_also_under_the_next_master() -> None:
+    world = reloaded(park_for=100.0)
+    assert answered(world, world.swap(name="other")).ok
+    world.restore(1)
+    world.kill_master()
+    assert answered(world, world.rollback()).ok
+    assert [process.versions for process in world.serving()] == [{"model": 2}] * 2
+
+
+def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
+    world = reloaded(park_for=100.0)
+    world._written = {}
+    world.kill_master()
+    world.run(5.0)
+    assert list(world.state.generations) == [2]
+    assert len(world.serving()) == 2
+
+
+def test_an_adopted_generation_is_complete_again_soon() -> None:
+    world = recorded(3)
+    world.kill_master(downtime=1.0)
+    assert all(w.state is WorkerState.ACTIVE for w in world.state.generations[1].workers.values())
+    world.crash(world.of(1)[0])
+    world.run(5.0)
+    assert len(world.serving()) == 3
