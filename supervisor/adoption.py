@@ -21,6 +21,7 @@ from segue.supervisor import model as m
 from segue.supervisor.finding import Found, FoundWorker, by_generation
 from segue.supervisor.model import (
     GenerationState,
+    Outcome,
     PromoteKind,
     PromotePhase,
     ServicesState,
@@ -314,7 +315,10 @@ def _conclude_promote(
 def _watch_on(turn: Turn, known: memory.Memory) -> None:
     """A probation goes on for what is left of it. What its workers have answered is told by them from their start on."""
     written = known.probation
-    if written is None or written.generation not in turn.state.generations:
+    if written is None:
+        return
+    if written.generation != turn.state.current:
+        turn.effects.append(m.ProbationEnded(written.generation, Outcome.STOPPED, INTERRUPTED))
         return
     until = _here(written.until, known) or turn.now
     turn.state.probation = m.Probation(

@@ -484,7 +484,7 @@ class World:
     def _record(self) -> None:
         if self.journals:
             pids = {process.key: (1, 1) for process in self.live()}
-            self._written = self._writer.values(self.state, {}, pids, {}, self._next_operation, Written())
+            self._written = self._writer.values(self.state, {}, pids, {}, self._next_operation, Written(), {})
 
     def kill_master(self, downtime: float = 0.0, upgrade: bool = False) -> None:
         """The master dies, or executes itself; after `downtime` seconds there is another one."""
@@ -546,6 +546,8 @@ class World:
             process.ready_seen = process.ready_seen and process.mode != "ready"
             process.gated = process.gated or process.mode == "booting"
         before, self.state = self.state, adopted.state
+        if self.state.current is not None and self.state.current not in self.promoted:
+            self.promoted.append(self.state.current)  # it alone accepts, so its promote is done
         for number in before.generations.keys() - self.state.generations.keys():
             self.superseded.setdefault(number, self.now)
         self._writer = memory.Writer(memory.Instance("world", self.epoch), clock=lambda: 0.0)
