@@ -4,7 +4,7 @@ VENV := .venv
 COMPARE := .compare
 BIN := $(VENV)/bin
 
-.PHONY: run test bench compare lint format clean chaos
+.PHONY: run test bench chaos compare docs lint format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || sh tests/setup.sh python3-venv
@@ -27,7 +27,7 @@ run: $(BIN)/segue
 	@exec $(BIN)/segue serve $(ARGS)
 
 test: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh curl git util-linux systemd dbus procps mosquitto chromium
+	@sh tests/setup.sh curl git util-linux systemd dbus procps mosquitto chromium nginx-light haproxy caddy
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev
@@ -49,6 +49,10 @@ $(COMPARE)/.done: bench/compare/requirements.txt | $(BIN)/python
 chaos: $(BIN)/segue $(VENV)/.dev
 	@sh tests/setup.sh util-linux mosquitto
 	$(BIN)/python -m bench.chaos $(ARGS)
+
+# The pages that are made from the code
+docs: $(BIN)/segue
+	$(BIN)/python -m segue.supervisor.setting_reference > docs/settings.md
 
 lint: $(BIN)/segue $(VENV)/.dev
 	$(BIN)/ruff format --check .
