@@ -70,7 +70,9 @@ def _takes(setting: Setting) -> str:
     if setting.choices:
         choices = ", ".join(f"`{choice}`" for choice in setting.choices)
         return f"{choices}, or an import string" if setting.importable else choices
-    kind = setting.unit if setting.unit and setting.kind in {Kind.NUMBER, Kind.INTEGER} else setting.kind.value
+    kind = (
+        setting.unit if setting.unit and setting.kind in {Kind.NUMBER, Kind.INTEGER} else setting.kind.value
+    )
     limits = []
     if setting.minimum is not None:
         limits.append(f"from {setting.minimum:g}")
