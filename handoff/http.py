@@ -175,10 +175,11 @@ async def _serve_connection(
         if request is None:
             return
         response = await handler(request)
-        if response.stream is not None:
+        head_only = request.method == "HEAD"
+        if response.stream is not None and not head_only:
             await _stream(reader, writer, connection, response, response.stream)
             return
-        await _write(writer, connection, response, close=time.monotonic() >= until)
+        await _write(writer, connection, response, close=time.monotonic() >= until, head_only=head_only)
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
         connection.start_next_cycle()
@@ -250,7 +251,11 @@ async def _read_request(
 
 
 async def _write(
-    writer: asyncio.StreamWriter, connection: h11.Connection, response: Response, close: bool = False
+    writer: asyncio.StreamWriter,
+    connection: h11.Connection,
+    response: Response,
+    close: bool = False,
+    head_only: bool = False,
 ) -> None:
     headers = [
         *response.headers,
@@ -265,7 +270,8 @@ async def _write(
         reason = ""
     head = h11.Response(status_code=response.status, headers=headers, reason=reason.encode())
     writer.write(connection.send(head) or b"")
-    writer.write(connection.send(h11.Data(data=response.body)) or b"")
+    if not head_only:
+        writer.write(connection.send(h11.Data(data=response.body)) or b"")
     writer.write(connection.send(h11.EndOfMessage()) or b"")
     await _drain(writer)
 

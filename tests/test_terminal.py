@@ -175,11 +175,7 @@ def test_who_follows_events_hears_of_everything_until_the_end(master: Segue) -> 
 def wait_for_followers(master: Segue, count: int) -> None:
     """Nobody tells who follows: the connections of the control socket do."""
     deadline = time.monotonic() + DEADLINE_S
-    while True:
-        with open("/proc/net/unix") as table:
-            open_ones = sum(line.split()[-1] == master.control and line.split()[5] == "03" for line in table)
-        if open_ones >= count:
-            return
+    while followed(master) < count:
         assert time.monotonic() < deadline
         select.select([], [], [], 0.05)
 
@@ -216,19 +212,36 @@ def test_events_are_server_sent_for_a_browser(master: Segue) -> None:
     assert "nonsense" in document["detail"]
 
 
+def test_a_head_request_is_answered_without_a_body_and_keeps_its_connection(master: Segue) -> None:
+    import http.client
+    import socket
+
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = kept = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    kept.settimeout(DEADLINE_S)
+    kept.connect(master.control)
+    for path in ("/livez", f"{HOT}/events", "/livez"):
+        connection.request("HEAD", path, headers={"Accept": "text/event-stream"})
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.read() == b""
+        assert connection.sock is kept
+    connection.close()
+    assert "Traceback" not in master.output.text
+
+
 def wait_until_gone(master: Segue) -> None:
     """The master notices at once that who followed has left."""
     deadline = time.monotonic() + DEADLINE_S
-    before = len(os.listdir(f"/proc/{master.process.pid}/fd"))
-    while len(os.listdir(f"/proc/{master.process.pid}/fd")) > before - 1:
-        if time.monotonic() > deadline or not followed(master):
-            return
+    while followed(master):
+        assert time.monotonic() < deadline
         select.select([], [], [], 0.05)
 
 
-def followed(master: Segue) -> bool:
+def followed(master: Segue) -> int:
+    """How many connections to the control socket are open (state 03, connected, in proc(5)'s table)."""
     with open("/proc/net/unix") as table:
-        return any(line.split()[-1] == master.control and line.split()[5] == "03" for line in table)
+        return sum(line.split()[-1] == master.control and line.split()[5] == "03" for line in table)
 
 
 # ---------------------------------------------------------------------------------------------------------- logs
