@@ -295,8 +295,11 @@ async def _stream(
         writer.write(connection.send(h11.EndOfMessage()) or b"")
         await _drain(writer)
 
-    sending = asyncio.ensure_future(send())
-    gone = asyncio.ensure_future(reader.read())  # whatever else it sends is not waited for
+    async def read() -> None:
+        while await reader.read(_READ_BYTES):
+            pass  # whatever else it sends
+
+    sending, gone = asyncio.ensure_future(send()), asyncio.ensure_future(read())
     try:
         await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
         if sending.done():

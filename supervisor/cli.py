@@ -77,17 +77,24 @@ def check(as_json: bool, **flags: Any) -> None:
     type=click.Choice(["notify-reload", "notify"]),
     help="notify-reload needs systemd 253. [default: what the systemd of this machine has]",
 )
+@click.option("--json", "as_json", is_flag=True, help="The unit and the notes on it as JSON.")
 @serve_options
-def unit(socket: bool, template: bool, user: str | None, type_: str | None, **flags: Any) -> None:
+def unit(
+    socket: bool, template: bool, user: str | None, type_: str | None, as_json: bool, **flags: Any
+) -> None:
     """Print a unit file for systemd that serves APP with these options, from here."""
     from segue.supervisor import unit as units
     from segue.supervisor.settings import SettingsError
 
     try:
         place, notes = units.place(flags, os.environ, user, template, type_)
-        click.echo(units.socket(place) if socket else units.service(place), nl=False)
+        text = units.socket(place) if socket else units.service(place)
     except (SettingsError, units.UnitError) as error:
         fail(str(error), Status.USAGE)
+    if as_json:
+        click.echo(json.dumps({"unit": text, "notes": list(notes)}, indent=2))
+        return
+    click.echo(text, nl=False)
     for note in notes:
         click.echo(f"note: {note}", err=True)
 

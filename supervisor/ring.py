@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-KEPT = 1000
+KEPT = 500
 _MAX_OUTPUT_CHARS = 8 * 1024
 PING_S = 15.0
 """A stream on which nothing happens says so this often, so that a peer that is gone is found out."""

@@ -42,7 +42,7 @@ def events(
     after: str | None,
     as_json: bool,
 ) -> None:
-    """Show what has happened: the lines of the master's log, of which the last 1000 are kept."""
+    """Show what has happened: the lines of the master's log, of which the last 500 are kept."""
     from urllib.parse import quote
 
     from segue.supervisor.following import events_of, line_of

@@ -74,6 +74,26 @@ def test_start_returns_when_it_serves_and_stop_leaves_nothing(machine: Machine, 
     }
 
 
+def test_logs_are_those_of_the_journal_from_the_start_of_a_worker_on(
+    machine: Machine, service: Service
+) -> None:
+    service.write("1", prelude="print('printed at the start', flush=True)\n")
+    started(service)
+    first, second = service.workers()
+    shown = machine.run(machine.segue, "logs").stdout
+    assert shown.count("printed at the start") == 2
+    assert f"[{service.master()}]" in shown
+    one = machine.run(machine.segue, "logs", "1/1").stdout
+    assert one.count("printed at the start") == 1
+    assert f"[{first}]" in one
+    assert f"[{second}]" not in one
+    service.write("2", prelude="print('before it broke', flush=True)\nimport nosuchmodule\n")
+    assert machine.run(machine.segue, "reload", check=False).returncode == 1
+    failed = machine.run(machine.segue, "logs", "2").stdout
+    assert "before it broke" in failed
+    assert "nosuchmodule" in failed
+
+
 def test_a_crash_of_the_master_costs_nothing(machine: Machine, service: Service) -> None:
     started(service)
     workers, master = service.workers(), service.master()

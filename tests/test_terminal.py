@@ -457,6 +457,12 @@ def test_every_command_that_prints_has_json(master: Segue) -> None:
     assert document("stop")["outcome"] == "ok"
 
 
+def test_a_unit_as_json(application: Any) -> None:
+    done = segue("unit", "shop:app", "--user", "www-data", "--json", cwd=application("1"))
+    assert done.returncode == 0, done.stderr
+    assert "shop:app" in json.loads(done.stdout)["unit"]
+
+
 def test_the_verdict_of_check_as_json(application: Any) -> None:
     directory = application("1")
     good = segue("check", "shop:app", "--json", cwd=directory)
