@@ -21,6 +21,10 @@ from scenario import DEADLINE_S, Output, environment
 from websockets.sync.client import connect
 
 
+class Navigated(Exception):
+    """The page has gone elsewhere before it answered."""
+
+
 class Page:
     """One page of it."""
 
@@ -46,6 +50,8 @@ class Page:
         while True:
             answer = json.loads(self._socket.recv(timeout=DEADLINE_S))
             if answer.get("id") == number:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated
                 assert "error" not in answer, answer
                 return answer["result"]
             self._note(answer)
@@ -78,14 +84,16 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> Any:
-        """Wait until an expression is true."""
+        """Wait until an expression is true, be it of the page that follows on this one."""
         deadline = time.monotonic() + DEADLINE_S
-        while not (value := self.run(condition)):
-            assert time.monotonic() < deadline, (
-                f"{condition} did not come: {self.run('document.body.innerText')}"
-            )
-            self.run("new Promise(requestAnimationFrame)")
-        return value
+        while True:
+            with contextlib.suppress(Navigated):
+                if value := self.run(condition):
+                    return value
+                assert time.monotonic() < deadline, (
+                    f"{condition} did not come: {self.run('document.body.innerText')}"
+                )
+                self.run("new Promise(requestAnimationFrame)")
 
     def type(self, text: str) -> None:
         """Into what has the focus."""

@@ -45,6 +45,8 @@ class Terminal:
         )
         self._child = child
         self.raw = ""
+        self.text = ""
+        """Without escape sequences and the blanks that fill lines."""
 
     def read(self, timeout: float) -> bool:
         if not select.select([self._fd], [], [], timeout)[0]:
@@ -53,12 +55,10 @@ class Terminal:
             data = os.read(self._fd, 65536)
         except OSError:
             return False
-        self.raw += data.decode(errors="replace")
+        piece = data.decode(errors="replace")
+        self.raw += piece
+        self.text += re.sub(r" *\r?\n[ \r\n]*", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", piece))
         return bool(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw)
 
     def wait_for(self, pattern: str, since: int = 0) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -315,6 +315,33 @@ def test_top_shows_what_is_and_obeys_keys(master: Segue, application: Any) -> No
         assert screen.wait_exit() == 0
         assert screen.raw.rstrip().endswith(("\x1b[?25h", BACK)) or BACK in screen.raw
         assert screen.settings() == screen.before
+
+
+def test_top_stages_promotes_and_rolls_back(application: Any) -> None:
+    with (
+        supervised("shop:app", "--park-for", "600", cwd=application("1")) as master,
+        terminal(master, "top", "--interval", "0.2") as screen,
+    ):
+        screen.wait_for(r"\[b\] rollback")
+        application("2")
+        at = screen.type("s")
+        screen.wait_for(r"stage: done", at)
+        screen.wait_for(r"2\s+staged", at)
+        assert master.status()["current"] == 1
+        screen.type("p")
+        at = screen.type("y")
+        screen.wait_for(r"promote: done", at)
+        assert master.status()["current"] == 2
+        screen.type("b")
+        at = screen.type("y")
+        screen.wait_for(r"rollback: done", at)
+        assert master.status()["current"] == 1
+        screen.type("x")
+        at = screen.type("y")
+        screen.wait_for(r"discard: (done|refused)", at)
+        screen.type("q")
+        assert screen.wait_exit() == 0
+        master.stop()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
