@@ -344,7 +344,7 @@ def test_http2_streams_count_and_so_does_one_that_is_reset(bench) -> None:
             type(event).__name__ == "StreamEnded"
             for event in connection.receive_data(client.sock.recv(65536))
         )
-    assert worker.status().in_flight == 1
+    wait_until(worker, lambda status: status.in_flight == 1)
     connection.reset_stream(hanging)
     client.send(connection.data_to_send())
     status = wait_until(worker, lambda status: status.in_flight == 0)

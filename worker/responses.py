@@ -18,7 +18,8 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from segue.handoff.messages import LATENCY_BOUNDS_S
 
@@ -30,12 +31,22 @@ Cycle: TypeAlias = Any
 
 PRIVATE = ""
 """What stands for the name of a listener where it is the private socket (`segue.worker.probe`)."""
+_UNKNOWN = "unknown"
 _OWN = "segue.own"
 """In the scope of a request that segue itself answers."""
 _CYCLE = "RequestResponseCycle"
 _COMPLETE = "on_response_complete"
 _UVICORN = "uvicorn.protocols.http."
 _LARGEST_CLASS = 9
+
+
+class Sums(NamedTuple):
+    """In lists, since an attribute of an object takes longer to add to."""
+
+    begun: list[int]
+    """Requests that were given to the application, or to what answers for it."""
+    seconds: list[float]
+    """The sum of the times of all responses."""
 
 
 class Responses:
@@ -50,10 +61,7 @@ class Responses:
         """Complete responses on the private socket, of which nothing else is counted."""
         self.latency = [0] * (len(LATENCY_BOUNDS_S) + 1)
         """How many took at most so long (`LATENCY_BOUNDS_S`), each counted once; the last: longer."""
-        self.seconds = 0.0
-        """The sum of their times."""
-        self.begun = 0
-        """Requests that were given to the application, or to what answers for it."""
+        self.sums = Sums([0], [0.0])
         self.malformed = 0
         """Of the 4xx, those that were no request at all: there was nothing to be timed."""
         self.websockets = 0
@@ -73,6 +81,16 @@ class Responses:
     def count_lost_websocket(self) -> None:
         """And is no more."""
         self.websockets_lost += 1
+
+    @property
+    def begun(self) -> int:
+        """Requests that were given to the application, or to what answers for it."""
+        return self.sums.begun[0]
+
+    @property
+    def seconds(self) -> float:
+        """The sum of the times of all responses."""
+        return self.sums.seconds[0]
 
     @property
     def completed(self) -> int:
@@ -110,6 +128,8 @@ def watch(config: Any, responses: Responses, access: AccessLog | None = None) ->
         setattr(module, _CYCLE, _noting(getattr(cycle, "segue_counts", cycle), responses, access))
         for cls in vars(module).values():
             if isinstance(cls, type) and _COMPLETE in vars(cls):
+                # of a protocol that another one has made: its listener is not known
+                cls.segue_listener = getattr(cls, "segue_listener", _UNKNOWN)  # type: ignore[attr-defined]
                 _wrap(cls, _COMPLETE, functools.partial(_counting, responses, access))
                 _wrap(cls, "send_400_response", functools.partial(_before, responses.count_malformed))
                 found = True
@@ -130,13 +150,12 @@ def _modules(protocol_class: type) -> Iterator[Any]:
 
 def _noting(cycle_class: type[Cycle], responses: Responses, access: AccessLog | None) -> type[Cycle]:
     """A subclass of uvicorn's class that notes what is known only while a request is answered."""
-    run_asgi, send, clock = cycle_class.run_asgi, cycle_class.send, time.perf_counter
+    run_asgi, send = cycle_class.run_asgi, cycle_class.send
+    begun, clock = responses.sums.begun, time.perf_counter
 
     def begin(self: Cycle, app: Any) -> Coroutine[Any, Any, None]:
-        responses.begun += 1
+        begun[0] += 1
         self.segue_begun = clock()
-        # the protocol; `cycle` of it may be one that waits behind this
-        self.on_response.__self__.segue_answers = self
         return run_asgi(self, app)  # type: ignore[no-any-return]
 
     def note(self: Cycle, message: Any) -> Coroutine[Any, Any, None]:
@@ -175,15 +194,15 @@ def _counting(
 ) -> Callable[..., None]:
     """A protocol's `on_response_complete` that counts."""
     clock, bounds, first = time.perf_counter, LATENCY_BOUNDS_S, LATENCY_BOUNDS_S[0]
-    classes, latency = responses.classes, responses.latency
+    classes, latency, total = responses.classes, responses.latency, responses.sums.seconds
 
     def count(protocol: Any, cycle: Cycle) -> None:
-        if protocol.segue_listener == PRIVATE:
+        if not protocol.segue_listener:
             responses.private += 1
             return
         seconds = clock() - cycle.segue_begun
         latency[0 if seconds <= first else bisect_left(bounds, seconds)] += 1
-        responses.seconds += seconds
+        total[0] += seconds
         status = cycle.segue_status
         if status >= 500 and _is_own(cycle.scope):
             responses.rejected += 1
@@ -193,7 +212,8 @@ def _counting(
             access.write(cycle.scope, status, cycle.segue_size, seconds, aborted=False)
 
     def on_response_complete(self: Any) -> None:
-        count(self, self.segue_answers)
+        cycle = self.cycle
+        count(self, cycle if cycle.response_complete else _answered(sys._getframe(1)))
         complete(self)
 
     def on_stream_complete(self: Any, stream: int) -> None:
@@ -203,6 +223,20 @@ def _counting(
         complete(self, stream)
 
     return on_response_complete if len(inspect.signature(complete).parameters) == 1 else on_stream_complete
+
+
+def _answered(frame: FrameType | None) -> Cycle:
+    """Whose response is complete, where `cycle` of the protocol is one that waits behind it.
+
+    A pipelined request is known to nobody but the method that says so: looking at who calls costs only the few that
+    are pipelined, while a note on the protocol costs every request more than all the rest.
+    """
+    while frame is not None:
+        found: Any = frame.f_locals.get("self")
+        if hasattr(found, "segue_counts") and found.response_complete:
+            return found
+        frame = frame.f_back
+    raise AssertionError("a response is complete, and nobody has sent it")
 
 
 def _before(count: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ import functools
 import inspect
 import termios
 import time
-import types
 from collections.abc import Callable, Collection, Iterator
 from email.utils import formatdate
 from typing import Any, TypeAlias
@@ -211,12 +210,10 @@ def watch_responses(protocol: Protocol, completed: Callable[[Protocol], None]) -
     """Call `completed` after each response of this connection, from the one that is under way on."""
     original = protocol.on_response_complete
 
-    def complete(_: Protocol) -> None:
+    def on_response_complete() -> None:
         original()
         completed(protocol)
 
-    # a method, too, from which `segue.worker.responses` knows the protocol
-    on_response_complete = types.MethodType(complete, protocol)
     protocol.on_response_complete = on_response_complete
     for cycle in open_cycles(protocol):
         cycle.on_response = on_response_complete
