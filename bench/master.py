@@ -7,7 +7,9 @@ import time
 
 from bench.figures import Figure, Measured
 from bench.processes import children, cpu_s, descriptors, marked, rss_mib, ticks
-from bench.servers import Bench, Segue, segue
+from bench.servers import Bench, Segue, segue, wait_for
+
+_PARKED_TIMEOUT_S = 60.0
 
 FIGURES = [
     Figure("rss", "master: resident memory, the most that was seen", "MiB", 45, "<", 1),
@@ -42,12 +44,12 @@ def measure(bench: Bench) -> Measured:
         begun = time.monotonic()
         early = before
         for number in range(reloads):
-            operation = running.reload()
+            running.reload()
             if number == 9:
-                running.wait_drained(operation)
+                _wait_alone(running)
                 early = _Footprint(running)
         took = time.monotonic() - begun
-        running.wait_drained(operation)
+        _wait_alone(running)
         time.sleep(0.5)
         after = _Footprint(running)
     return {
@@ -62,6 +64,16 @@ def measure(bench: Bench) -> Measured:
         "seconds": took / reloads,
         "after-stop": len(running.left_behind),
     }
+
+
+def _wait_alone(running: Segue) -> None:
+    """Wait until the current generation is the only one: the one before it stays parked for a while."""
+    wait_for(
+        lambda: len(running.status()["generations"]) == 1,
+        _PARKED_TIMEOUT_S,
+        0.1,
+        lambda: "older generations do not end",
+    )
 
 
 class _Footprint:
