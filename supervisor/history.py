@@ -24,6 +24,13 @@ class History:
         self._log = log
         self._service = service
 
+    def resume(self, state: model.State) -> None:
+        """Another master goes on: what it does not watch any more is waited for by nobody."""
+        watched = state.probation.generation if state.probation is not None else None
+        for operation in self._operations.deploys():
+            if operation.probation == "running" and operation.generation != watched:
+                operation.end_probation(model.Outcome.STOPPED, "nobody watched it to the end")
+
     def settled(self, effect: model.Settle, state: model.State) -> None:
         """An operation has its outcome."""
         operation = self._operations.get(effect.operation)

@@ -243,6 +243,7 @@ class Master:
         self._record()
         for effect in adopted.effects:
             self._execute(effect)
+        self._history.resume(self.state)
         current = self.state.current
         if current is None:
             self.instance.take_restart_mark()  # what is started is the code on the disk
@@ -509,7 +510,7 @@ class Master:
         if state.stopping is not None:
             return "segue is stopping"
         if state.changing or state.queued or state.current is None:
-            return "a generation is being started or promoted; try again when that has ended"
+            return "a reload is running; try again when it has ended"
         if state.swap is not None or state.swaps_queued:
             return "a service is being swapped; try again when that has ended"
         if state.scaling is not None or state.scale_queued is not None or state.drain_change is not None:

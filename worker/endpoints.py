@@ -13,6 +13,7 @@ from segue.worker.adoption import Adoption
 from segue.worker.services.endpoints import PHASES, phase, reload
 from segue.worker.services.hosted import Hosted
 
+_OF_THE_MASTER = ("reload", "stage", "promote", "discard", "rollback", "scale", "upgrade")
 OPERATOR_MODES = ("reject", "queue")
 HANDOVER = "handover"
 _MAX_TIMEOUT_S = 366 * 86400.0
@@ -158,8 +159,7 @@ def handler(worker: Commands) -> Handler:
         ("POST", f"{HOT}/services/deactivate"): _command(worker, services_deactivate),
         ("POST", f"{HOT}/reload/*"): _command(worker, reload_one),
         **{("POST", f"{HOT}/swap/{which}"): _command(worker, swap) for which in PHASES},
-        ("POST", f"{HOT}/reload"): elsewhere,
-        ("POST", f"{HOT}/scale"): elsewhere,
+        **{("POST", f"{HOT}/{which}"): elsewhere for which in _OF_THE_MASTER},
         ("GET", f"{HOT}/operations/*"): elsewhere,
     }
     router = Router(routes)
