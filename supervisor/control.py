@@ -16,6 +16,7 @@ from segue.handoff.messages import HOT
 from segue.supervisor import dashboard, model
 from segue.supervisor.master import Manner, Master
 from segue.supervisor.metrics import scrape
+from segue.supervisor.openapi import Parameter, Route, document
 from segue.supervisor.operations import UNTIL, Operation, reached
 from segue.supervisor.ring import KEPT, read_number
 from segue.supervisor.status import status
@@ -32,7 +33,40 @@ DRAIN_MODES = ("reject", "queue")
 STRATEGIES = tuple(model.Strategy)
 _SESSION = "/session"
 _OPEN_TO_ALL = frozenset(
-    {"/livez", "/readyz", "/metrics", f"{HOT}/status", f"{HOT}/watch", _SESSION, *dashboard.FILES}
+    {
+        "/livez",
+        "/readyz",
+        "/metrics",
+        f"{HOT}/status",
+        f"{HOT}/watch",
+        f"{HOT}/openapi.json",
+        _SESSION,
+        *dashboard.FILES,
+    }
+)
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
+_WAIT = Parameter(
+    "wait", "Seconds to wait for the outcome at most", {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S}
+)
+_UNTIL = Parameter("until", "How far to wait", {"type": "string", "enum": list(UNTIL)})
+_PHASE = Parameter("phase", "Wait only for the end of this phase", {"type": "string"})
+_AFTER = Parameter(
+    "after", "The number of the last event that is known", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}
+)
+_LAST = Parameter("last", "So many of the last events at most", _COUNT)
+_GENERATION = Parameter("generation", "Which one", _COUNT)
+_WORKER = Parameter("worker", "Which one", _COUNT)
+_OPERATION = Parameter("id", "Its number", {"type": "integer", "minimum": 1})
+_SERVICE = Parameter("service", "Its name", {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"})
+_MODE = Parameter("mode", "What becomes of new work", {"type": "string", "enum": list(DRAIN_MODES)})
+_WORKERS = Parameter(
+    "workers", "How many", {"type": "integer", "minimum": 1, "maximum": MAX_WORKERS}, required=True
+)
+_NOW = Parameter("now", "1: at once, cutting off what is in flight", {"type": "string"})
+_MANNER = (
+    Parameter("strategy", "How it takes over", {"type": "string", "enum": list(STRATEGIES)}),
+    Parameter("canary", "So many workers first", {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS}),
+    Parameter("canary-for", "For so many seconds", {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S}),
 )
 _WAITING_FOR_START = "the first generation has not started yet"
 
@@ -47,34 +81,154 @@ class Control:
         self._admin_names: frozenset[str] = frozenset()
         """Names beside its addresses under which ``--admin`` is asked."""
         self._watching = Watching(self._look, master.events.changed)
+        self._routes = self._documented()
+        self._description = document(self._routes)
         self._router = Router(
             {
-                ("GET", "/livez"): self._livez,
-                ("GET", "/readyz"): self._readyz,
-                ("GET", "/metrics"): self._metrics,
-                ("GET", f"{HOT}/status"): self._status,
-                ("GET", f"{HOT}/config"): self._config,
-                ("GET", f"{HOT}/operations/*"): self._operation,
-                ("GET", f"{HOT}/events"): self._events,
-                ("GET", f"{HOT}/watch"): self._watch,
-                ("GET", f"{HOT}/logs"): self._logs,
-                ("POST", f"{HOT}/reload"): self._reload,
-                ("POST", f"{HOT}/reload/*"): self._swap,
-                ("POST", f"{HOT}/stage"): self._stage,
-                ("POST", f"{HOT}/promote"): self._promote,
-                ("POST", f"{HOT}/discard"): self._discard,
-                ("POST", f"{HOT}/rollback"): self._rollback,
-                ("POST", f"{HOT}/drain/start"): self._drain_start,
-                ("POST", f"{HOT}/drain/stop"): self._drain_stop,
-                ("POST", f"{HOT}/scale"): self._scale,
-                ("POST", f"{HOT}/stop"): self._stop,
-                ("POST", f"{HOT}/upgrade"): self._upgrade,
+                **{(route.method, route.path): route.handler for route in self._routes},
                 ("GET", _SESSION): self._session,
                 ("POST", _SESSION): self._sign_in,
                 ("DELETE", _SESSION): self._sign_out,
                 **{("GET", path): dashboard.page for path in dashboard.FILES},
             }
         )
+
+    def _documented(self) -> list[Route]:
+        """What others steer an instance with: served and described from here."""
+        change = (400, 409, 504)
+        of, manner = (_GENERATION,), (*_MANNER, _WAIT, _UNTIL)
+        return [
+            Route("GET", "/livez", self._livez, "Whether the master's loop runs", open=True),
+            Route("GET", "/readyz", self._readyz, "Whether requests are served", refusals=(503,), open=True),
+            Route("GET", "/metrics", self._metrics, "For Prometheus", "text", open=True),
+            Route("GET", f"{HOT}/openapi.json", self._openapi, "This description", open=True),
+            Route("GET", f"{HOT}/status", self._status, "All that is known", open=True),
+            Route("GET", f"{HOT}/config", self._config, "Settings and their sources", refusals=(503,)),
+            Route(
+                "GET",
+                f"{HOT}/operations/*",
+                self._operation,
+                "One operation; waits for its outcome if asked to",
+                "operation",
+                (_WAIT, _UNTIL, _PHASE),
+                _OPERATION,
+                (400, 404),
+            ),
+            Route(
+                "GET",
+                f"{HOT}/events",
+                self._events,
+                "The last events, or all that come, as a stream",
+                "json or events",
+                (_AFTER, _LAST),
+                refusals=(400, 503),
+            ),
+            Route(
+                "GET",
+                f"{HOT}/watch",
+                self._watch,
+                "The status, and again with each change",
+                "events",
+                refusals=(503,),
+                open=True,
+            ),
+            Route(
+                "GET",
+                f"{HOT}/logs",
+                self._logs,
+                "What workers printed while they started",
+                parameters=(_GENERATION, _WORKER),
+                refusals=(400,),
+            ),
+            Route(
+                "POST", f"{HOT}/reload", self._reload, "A new generation", "operation", manner, None, change
+            ),
+            Route(
+                "POST",
+                f"{HOT}/reload/*",
+                self._swap,
+                "Swap a service in every worker",
+                "operation",
+                (_WAIT,),
+                _SERVICE,
+                (*change, 404, 423),
+                more=True,
+            ),
+            Route(
+                "POST",
+                f"{HOT}/stage",
+                self._stage,
+                "Start a generation that takes no requests yet",
+                "operation",
+                (_WAIT,),
+                None,
+                change,
+            ),
+            Route(
+                "POST",
+                f"{HOT}/promote",
+                self._promote,
+                "Let a generation serve",
+                "operation",
+                (*of, *manner),
+                None,
+                change,
+            ),
+            Route(
+                "POST",
+                f"{HOT}/discard",
+                self._discard,
+                "End a staged or parked generation",
+                "operation",
+                (*of, _WAIT),
+                None,
+                change,
+            ),
+            Route(
+                "POST",
+                f"{HOT}/rollback",
+                self._rollback,
+                "Go back to the generation before",
+                "operation",
+                (*of, _WAIT, _UNTIL),
+                None,
+                change,
+            ),
+            Route(
+                "POST",
+                f"{HOT}/drain/start",
+                self._drain_start,
+                "Begin the operator's drain",
+                "operation",
+                (_MODE, _WAIT),
+                None,
+                change,
+            ),
+            Route(
+                "POST", f"{HOT}/drain/stop", self._drain_stop, "End it", "operation", (_WAIT,), None, change
+            ),
+            Route(
+                "POST",
+                f"{HOT}/scale",
+                self._scale,
+                "Run so many workers",
+                "operation",
+                (_WORKERS, _WAIT),
+                None,
+                (*change, 423),
+            ),
+            Route("POST", f"{HOT}/stop", self._stop, "Stop", "operation", (_NOW, _WAIT), None, change),
+            Route(
+                "POST",
+                f"{HOT}/upgrade",
+                self._upgrade,
+                "Renew the master in place",
+                "operation",
+                (_WAIT,),
+                None,
+                change,
+            ),
+        ]
 
     async def listen(self, inherited: int | None = None) -> int:
         """Serve the control socket: mode 0600 (0660 with a group), and the peer is checked besides. Returns its descriptor.
@@ -160,6 +314,9 @@ class Control:
 
     async def _metrics(self, request: Request) -> Response:
         return await scrape(self._master, request.headers.get("accept", ""))
+
+    async def _openapi(self, _: Request) -> Response:
+        return json_response(self._description)
 
     async def _status(self, _: Request) -> Response:
         return json_response(await status(self._master))
