@@ -336,3 +336,24 @@ def test_a_bind_that_was_dropped_is_there_again_after_a_rollback(application, tm
             assert client.recv(4096).startswith(b"HTTP/1.1 200")
         assert [listener["address"] for listener in master.status()["listeners"]] == [f"unix:{old}"]
         master.stop()
+
+
+def test_a_killed_master_is_followed_by_one_that_watches_on_and_can_roll_back(application) -> None:
+    from test_takeover import on_a_port, taken_over
+
+    flags = ("shop:app", "--probation", "600", "--park-for", "600")
+    directory = application("1")
+    with on_a_port(*flags, cwd=directory) as (master, port), Client(port) as client:
+        old = master.worker_pids()
+        application("2")
+        master.reload("--wait", "drained")
+        with taken_over(master, *flags, cwd=directory, port=port) as again:
+            document = again.wait_status(lambda s: states(s) == {1: "parked", 2: "active"})
+            assert document["probation"]["generation"] == 2
+            os.kill(again.worker_pids()[0], 9)  # the first after its promote: it is on probation still
+            again.output.wait_for("promoted generation=1 previous=2")
+            assert again.worker_pids() == old
+            history = [(each["kind"], each["outcome"]) for each in again.status()["reloads"]]
+            assert history == [("reload", "ok"), ("reload", "rolled back"), ("rollback", "ok")]
+            again.stop()
+        client.close()
