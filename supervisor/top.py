@@ -105,9 +105,9 @@ ACTIONS = (
     Action("p", "promote", f"{HOT}/promote", ask_first=True),
     Action("x", "discard", f"{HOT}/discard", ask_first=True),
     Action("b", "rollback", f"{HOT}/rollback", ask_first=True),
-    Action("+", "one worker more", f"{HOT}/scale"),
-    Action("-", "one worker less", f"{HOT}/scale"),
-    Action("d", "drain on or off", f"{HOT}/drain", ask_first=True),
+    Action("+", "scale up", f"{HOT}/scale"),
+    Action("-", "scale down", f"{HOT}/scale"),
+    Action("d", "drain", f"{HOT}/drain", ask_first=True),
 )
 
 

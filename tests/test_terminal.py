@@ -298,10 +298,10 @@ def test_top_shows_what_is_and_obeys_keys(master: Segue, application: Any) -> No
         screen.wait_for(r"reload: done", at)
         screen.wait_for(r"2\s+active", at)
         at = screen.type("+")
-        screen.wait_for(r"one worker more: done", at)
+        screen.wait_for(r"scale up: done", at)
         assert len(master.worker_pids()) == 2
         at = screen.type("d")
-        screen.wait_for(r"drain on or off\? \[y\]", at)
+        screen.wait_for(r"drain\? \[y\]", at)
         at = screen.type("n")
         screen.wait_for(r"\[q\] quit", at)
         assert master.status()["draining"] is False
