@@ -33,6 +33,9 @@ MAX_CONNECTIONS = 256
 """On one socket at a time, callers that wait for an outcome included."""
 MAX_AGE_S = 3600.0
 """An older connection is closed with its next answer."""
+LINGER_S = 2.0
+"""How long, and how much, is still read of a request that was refused before its end."""
+LINGER_BYTES = 4 * 1024 * 1024
 MAX_FIELDS = 200
 """Query parameters."""
 MAX_GROUPS = 256
@@ -127,22 +130,32 @@ class Router:
         return await handler(request)
 
 
-async def serve(sock: socket.socket, handler: Handler) -> asyncio.Server:
-    """Answer requests on a bound, listening stream socket until the returned server is closed."""
+Admit = Callable[[Request], Response | None]
+"""Refuses a request by its head, before its body is waited for; None lets it in."""
+
+
+async def serve(sock: socket.socket, handler: Handler, admit: Admit | None = None) -> asyncio.Server:
+    """Answer requests on a bound, listening stream socket until the returned server is closed.
+
+    Where as many connections are open as may be, the one that has waited longest for a request makes room: so nobody
+    who only holds connections keeps others out. If none waits, the new one is refused.
+    """
+    waiting: dict[asyncio.Task[Any], None] = {}
     served = 0
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal served
+        caller = _Caller(reader, writer, waiting)
         served += 1
         try:
             with contextlib.suppress(ConnectionError, TimeoutError):
-                if served > MAX_CONNECTIONS:
-                    refusal = problem(503, f"{MAX_CONNECTIONS} connections are open already")
-                    await _write(writer, _connection(), refusal, close=True)
+                if served > MAX_CONNECTIONS and not _make_room(waiting):
+                    await caller.refuse(problem(503, _TOO_MANY))
                 else:
-                    await _serve_connection(reader, writer, handler)
+                    await _serve_connection(caller, handler, admit)
         finally:
             served -= 1
+            waiting.pop(caller.task, None)
             writer.close()
 
     if sock.family == socket.AF_UNIX:
@@ -150,44 +163,105 @@ async def serve(sock: socket.socket, handler: Handler) -> asyncio.Server:
     return await asyncio.start_server(connected, sock=sock)
 
 
-def _connection() -> h11.Connection:
-    return h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+_TOO_MANY = f"{MAX_CONNECTIONS} connections are open already"
 
 
-async def _serve_connection(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler
-) -> None:
-    peer = _peer(writer)
-    connection = _connection()
+def _make_room(waiting: dict[asyncio.Task[Any], None]) -> bool:
+    longest = next(iter(waiting), None)
+    if longest is None:
+        return False
+    del waiting[longest]
+    longest.cancel(_TOO_MANY)
+    return True
+
+
+class _Caller:
+    """One connection."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        waiting: dict[asyncio.Task[Any], None],
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task: asyncio.Task[Any] = task
+        self.reader, self.writer = reader, writer
+        self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self.peer = _peer(writer)
+        self._waiting = waiting
+
+    async def next_request(self, admit: Admit | None) -> Request | None:
+        """The next one, whole; None at the end of the connection. Meanwhile it may have to make room."""
+        self._waiting[self.task] = None
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                return await _read_request(self.reader, self.writer, self.connection, self.peer, admit)
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args != (_TOO_MANY,):
+                raise
+            self.task.uncancel()
+            raise RefusedError(problem(503, _TOO_MANY)) from None
+        finally:
+            self._waiting.pop(self.task, None)
+
+    async def refuse(self, response: Response) -> None:
+        """Say so and hang up. What the caller still sends is read for a moment, else it would never see the answer."""
+        if self.connection.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            return
+        await _write(self.writer, self.connection, response, close=True)
+        if self.writer.can_write_eof():
+            self.writer.write_eof()
+        left = LINGER_BYTES
+        async with asyncio.timeout(LINGER_S):
+            while left > 0 and (data := await self.reader.read(_READ_BYTES)):
+                left -= len(data)
+
+
+class RefusedError(Exception):
+    """A request that is answered before it has come whole, after which the connection ends."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
+async def _serve_connection(caller: _Caller, handler: Handler, admit: Admit | None) -> None:
+    connection, writer = caller.connection, caller.writer
     until = time.monotonic() + MAX_AGE_S
     while True:
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                request = await _read_request(reader, writer, connection, peer)
+            request = await caller.next_request(admit)
         except h11.RemoteProtocolError as error:
-            await _refuse(writer, connection, problem(error.error_status_hint or 400, str(error)))
+            await caller.refuse(problem(error.error_status_hint or 400, str(error)))
+            return
+        except RefusedError as refused:
+            await caller.refuse(refused.response)
             return
         except TimeoutError:
             if connection.their_state is not h11.IDLE or connection.trailing_data[0]:
-                late = problem(408, f"the request did not come whole within {READ_TIMEOUT_S:g} s")
-                await _refuse(writer, connection, late)
+                await caller.refuse(
+                    problem(408, f"the request did not come whole within {READ_TIMEOUT_S:g} s")
+                )
             return
         if request is None:
             return
-        response = await handler(request)
+        try:
+            response = await handler(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end without an answer
+            # the caller gets an answer, and the log the traceback
+            context = {"message": f"{request.method} {request.path} failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            response = problem(500, f"a mistake in segue: {type(error).__name__}; its log says more")
         head_only = request.method == "HEAD"
         if response.stream is not None and not head_only:
-            await _stream(reader, writer, connection, response, response.stream)
+            await _stream(caller.reader, writer, connection, response, response.stream)
             return
         await _write(writer, connection, response, close=time.monotonic() >= until, head_only=head_only)
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
         connection.start_next_cycle()
-
-
-async def _refuse(writer: asyncio.StreamWriter, connection: h11.Connection, response: Response) -> None:
-    if connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-        await _write(writer, connection, response, close=True)
 
 
 async def _drain(writer: asyncio.StreamWriter) -> None:
@@ -205,8 +279,9 @@ async def _read_request(
     writer: asyncio.StreamWriter,
     connection: h11.Connection,
     peer: _Peer,
+    admit: Admit | None,
 ) -> Request | None:
-    head: h11.Request | None = None
+    request: Request | None = None
     body = bytearray()
     while True:
         event = connection.next_event()
@@ -224,15 +299,21 @@ async def _read_request(
                 > MAX_HEAD_BYTES
             ):
                 raise h11.RemoteProtocolError(f"a head over {MAX_HEAD_BYTES} bytes", error_status_hint=431)
-            head = event
+            request = _request(event, peer)
+            refusal = None if admit is None else admit(request)
+            if refusal is not None:
+                raise RefusedError(refusal)
         elif isinstance(event, h11.Data):
             body += event.data
             if len(body) > MAX_BODY_BYTES:
                 raise h11.RemoteProtocolError(f"a body over {MAX_BODY_BYTES} bytes", error_status_hint=413)
-        elif isinstance(event, h11.EndOfMessage) and head is not None:
-            break
+        elif isinstance(event, h11.EndOfMessage) and request is not None:
+            return msgspec.structs.replace(request, body=bytes(body))
         else:
             return None
+
+
+def _request(head: h11.Request, peer: _Peer) -> Request:
     try:
         target = urllib.parse.urlsplit(head.target.decode("ascii"))
         query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True, max_num_fields=MAX_FIELDS))
@@ -243,7 +324,7 @@ async def _read_request(
         path=urllib.parse.unquote(target.path),
         query=query,
         headers={name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers},
-        body=bytes(body),
+        body=b"",
         peer_uid=peer.uid,
         peer_pid=peer.pid,
         peer_groups=peer.groups,

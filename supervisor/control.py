@@ -247,21 +247,21 @@ class Control:
             sock.bind(path)
             self._master.instance.share(path, 0o600, 0o660)
         sock.setblocking(False)
-        self._servers.append(await serve(sock, self._on_socket))
+        self._servers.append(await serve(sock, self._answer, self._admit_to_socket))
         return sock.fileno()
 
     async def listen_admin(self, sock: socket.socket, host: str) -> None:
         """Serve ``--admin`` on a bound TCP socket; `host` is what its address was given as."""
         self._admin_names = frozenset({host.lower()})
         sock.setblocking(False)
-        self._servers.append(await serve(sock, self._on_admin))
+        self._servers.append(await serve(sock, self._answer, self._admit_to_admin))
 
     def close(self) -> None:
         """Stop listening."""
         for server in self._servers:
             server.close()
 
-    async def _on_socket(self, request: Request) -> Response:
+    def _admit_to_socket(self, request: Request) -> Response | None:
         group = self._master.instance.group
         if request.peer_uid not in {os.geteuid(), 0} and (group is None or group not in request.peer_groups):
             allowed = f"user {os.geteuid()}" + ("" if group is None else f", a member of group {group},")
@@ -269,10 +269,9 @@ class Control:
                 403, f"user {request.peer_uid} may not control this instance; be {allowed} or root"
             )
         # with an Origin it may come from a browser, through a forwarded port: then its name is checked, too
-        refusal = foreign(request) or (misdirected(request, ()) if "origin" in request.headers else None)
-        return refusal or await self._answer(request)
+        return foreign(request) or (misdirected(request, ()) if "origin" in request.headers else None)
 
-    async def _on_admin(self, request: Request) -> Response:
+    def _admit_to_admin(self, request: Request) -> Response | None:
         refusal = foreign(request)
         if refusal is None and request.peer_uid is None:
             refusal = misdirected(request, self._admin_names)
@@ -281,10 +280,8 @@ class Control:
         signing = request.path == _SESSION  # asks for the token by itself
         reading = request.method in {"GET", "HEAD"}
         if not signing and not (reading and request.path in _OPEN_TO_ALL):
-            refusal = None if self._in_session(request) else _check_token(request, self._master.token)
-            if refusal is not None:
-                return refusal
-        return await self._answer(request)
+            return None if self._in_session(request) else _check_token(request, self._master.token)
+        return None
 
     async def _answer(self, request: Request) -> Response:
         task = asyncio.current_task()

@@ -127,7 +127,7 @@ class Instance:
             if not os.path.isdir(self.directory):
                 os.mkdir(self.directory, 0o700)
             check_private(self.directory)
-            if self.group is not None:
+            if os.stat(self.directory).st_uid == os.geteuid():
                 self.share(self.directory, 0o700, 0o750)
         except OSError as error:
             raise InstanceError(
@@ -254,7 +254,12 @@ def read_owner(fd: int) -> Owner | None:
 
 def check_private(path: str) -> None:
     """Raise `InstanceError` unless `path` is a directory of this user (or root's) that nobody else can write to."""
-    found = os.stat(path)
+    found, link = os.stat(path), os.lstat(path)
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in {os.geteuid(), 0}:
+        raise InstanceError(
+            f"{path} is a symbolic link of user {link.st_uid}, who can make it lead elsewhere: "
+            "choose another --runtime-dir"
+        )
     if not stat.S_ISDIR(found.st_mode):
         raise InstanceError(f"{path} is not a directory: choose another --runtime-dir")
     if found.st_uid not in {os.geteuid(), 0}:

@@ -24,7 +24,7 @@ from bench.users import ROOT
 HOT = "/api/v1/hot"
 WORKERS = 2
 DEADLINE_S = 90.0
-READY_TIMEOUT_S = 10
+READY_TIMEOUT_S = 30
 HEARTBEAT_TIMEOUT_S = 4
 PROBATION_S = 2
 _POLL_S = 0.05

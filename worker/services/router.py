@@ -49,7 +49,7 @@ class HotRouter:
         """ASGI."""
         if scope["type"] != "http":
             raise RuntimeError(f"the hot endpoints speak HTTP only, not {scope['type']}")
-        refusal = await public.drained_body(receive)
+        refusal = await public.drained_body(receive) or public.from_a_page(scope)
         if refusal is None and self._digest is not None:
             refusal = public.unauthorized(scope, self._digest)
         response = refusal or await self._answer(scope)
