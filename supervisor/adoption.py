@@ -256,7 +256,8 @@ def _leave(turn: Turn, generation: m.Generation, workers: list[FoundWorker]) -> 
             quiet.append(worker)
         elif mode is WorkerMode.PARKED:
             worker.state = WorkerState.PARKED
-            if generation.warm_until is None and generation.id != turn.state.current:
+            gone = generation.warm_until is None or generation.state is GenerationState.RETIRED
+            if gone and generation.id != turn.state.current:
                 turn.dismiss(generation, worker, "it is no longer needed")
         else:
             _end(turn, generation, worker, mode)

@@ -548,8 +548,9 @@ class World:
         before, self.state = self.state, adopted.state
         if self.state.current is not None and self.state.current not in self.promoted:
             self.promoted.append(self.state.current)  # it alone accepts, so its promote is done
-        for number in before.generations.keys() - self.state.generations.keys():
-            self.superseded.setdefault(number, self.now)
+        for number in before.generations:
+            if number != self.state.current and number in self.promoted:
+                self.superseded.setdefault(number, self.now)
         self._writer = memory.Writer(memory.Instance("world", self.epoch), clock=lambda: 0.0)
         self._record()
         for effect in adopted.effects:
@@ -1178,7 +1179,7 @@ class Checks:
 
     def one_generation_is_active(self) -> None:
         active = [g.id for g in self.after.generations.values() if g.state is GenerationState.ACTIVE]
-        cleared = self.world.limits.strategy is Strategy.REPLACE and not active
+        cleared = not active and (self.world.limits.strategy is Strategy.REPLACE or self.world.epoch > 1)
         if active != ([] if self.after.current is None else [self.after.current]) and not cleared:
             self.fail(f"{active} are active")
         ending = {GenerationState.DRAINING, GenerationState.FAILED, GenerationState.RETIRED}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from simulator import World
 from test_lifecycle_probation import outcomes
@@ -235,3 +237,15 @@ def test_an_adopted_generation_is_complete_again_soon() -> None:
     world.crash(world.of(1)[0])
     world.run(5.0)
     assert len(world.serving()) == 3
+
+
+def test_a_parked_generation_does_not_stay_for_ever_when_nothing_is_left_of_the_one_that_served() -> None:
+    """Nobody accepts: the code on the disk is started, and what was parked ends."""
+    world = reloaded(park_for=1000.0)
+    for process in world.of(2):
+        world._at(0.5, functools.partial(world.crash, process))
+    world.kill_master(downtime=1.0)
+    assert world.state.current is None
+    world.run(20.0)
+    assert len(world.serving()) == 2
+    assert list(world.state.generations) == [3]
