@@ -4,7 +4,7 @@ VENV := .venv
 COMPARE := .compare
 BIN := $(VENV)/bin
 
-.PHONY: run test bench chaos compare docs lint format clean
+.PHONY: run test bench chaos simulate compare docs lint format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || sh tests/setup.sh python3-venv
@@ -28,7 +28,7 @@ run: $(BIN)/segue
 
 test: $(BIN)/segue $(VENV)/.dev
 	@sh tests/setup.sh curl git util-linux systemd dbus procps mosquitto chromium nginx-light haproxy caddy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev
 	@sh tests/setup.sh wrk mosquitto
@@ -49,6 +49,10 @@ $(COMPARE)/.done: bench/compare/requirements.txt | $(BIN)/python
 chaos: $(BIN)/segue $(VENV)/.dev
 	@sh tests/setup.sh util-linux mosquitto
 	$(BIN)/python -m bench.chaos $(ARGS)
+
+# The lifecycle alone, in a million events of random order
+simulate: $(BIN)/segue $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m simulate $(ARGS)
 
 # The pages that are made from the code
 docs: $(BIN)/segue

@@ -127,8 +127,7 @@ class ServicesState(enum.StrEnum):
     """They are to cease, and may not have yet: told to, or the worker stops, or was killed and is not yet gone."""
 
 
-@dataclass(slots=True)
-class Worker:
+class Worker(msgspec.Struct):
     """One process of a generation."""
 
     id: int

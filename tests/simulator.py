@@ -236,6 +236,8 @@ class World:
         """Operations whose asker has lost the master before there was an answer."""
         self._writer = memory.Writer(memory.Instance("world", 1), clock=lambda: 0.0)
         self._written: dict[str, Any] = {}
+        self.trace: deque[str] | None = None
+        """What the lifecycle saw and did last, for a person, if it is asked for."""
         self.last_messages: deque[m.Event] = deque(maxlen=30)
         self._next_operation = 1
         self._frozen: list[m.Event] | None = None
@@ -244,6 +246,11 @@ class World:
         self._sequence = 0
         self._steps = 0
         self._steps_now = 0
+
+    @property
+    def events(self) -> int:
+        """How many the lifecycle has seen."""
+        return self._steps
 
     # ----------------------------------------------------------------------------------------- the operator
 
@@ -462,12 +469,15 @@ class World:
         self._steps_now += 1
         assert self._steps_now < STEPS_AT_ONCE, f"a busy loop; {self.describe()}"
         before = self.state
-        sample = copy.deepcopy(before) if self._steps % 11 == 0 else None
+        sample = copy.deepcopy(before) if self._steps % 53 == 0 else None
         after, effects = lifecycle.step(before, event, self.now)
         assert sample is None or sample == before, "step() changed the state that it was given"
         if isinstance(event, m.StopAsked) and self.served_at_stop is None and self.exit is None:
             self.served_at_stop = before.serving or before.current is None
         self.state = after
+        if self.trace is not None:
+            self.trace.append(f"{self.now:9.2f}  {event}")
+            self.trace.extend(f"           -> {effect}" for effect in effects)
         self._record()
         for number, effect in enumerate(effects):
             assert self.exit is None, f"{effect} after the exit"
