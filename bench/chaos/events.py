@@ -24,6 +24,21 @@ def reload(instance: Instance, _: random.Random) -> str:
     return f"generation {document['generation']}"
 
 
+def rollback(instance: Instance, _: random.Random) -> str:
+    """New code serves, and the code before it is taken back."""
+    before, text = instance.current()["id"], instance.text
+    instance.write()
+    instance.demand("reload")
+    begun = time.monotonic()
+    instance.demand("rollback")
+    took_s = time.monotonic() - begun
+    instance.put_back(text)
+    current = instance.current()["id"]
+    if current != before:
+        raise ChaosError(f"generation {before} was to be taken back, and {current} serves")
+    return f"generation {before} again, after {took_s * 1000:.0f} ms"
+
+
 def _broken(instance: Instance, reason: str, **how: str) -> str:
     before = instance.current()["id"]
     instance.write(**how)
@@ -272,6 +287,7 @@ def restart_broker(instance: Instance, rng: random.Random) -> str:
 
 EVENTS: dict[str, Event] = {
     "reload": reload,
+    "rollback": rollback,
     "broken: import": broken_import,
     "broken: lifespan": broken_lifespan,
     "broken: hang": broken_hang,
