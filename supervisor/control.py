@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -18,12 +19,14 @@ from segue.supervisor.master import Manner, Master
 from segue.supervisor.metrics import scrape
 from segue.supervisor.openapi import Parameter, Route, document
 from segue.supervisor.operations import UNTIL, Operation, reached
-from segue.supervisor.ring import KEPT, read_number
+from segue.supervisor.ring import KEPT, NUMBER, read_number
 from segue.supervisor.status import status
 from segue.supervisor.watching import Watching
 
 MAX_WAIT_S = 24 * 3600.0
 MAX_WORKERS = 1024
+MAX_COUNT = 10**9
+"""The highest number of a generation, a worker, an operation or events that is looked for."""
 MAX_SWAPS_WAITING = 100
 MAX_FOLLOWERS = 64
 EVENT_STREAM = "text/event-stream"
@@ -44,20 +47,23 @@ _OPEN_TO_ALL = frozenset(
         *dashboard.FILES,
     }
 )
-_COUNT = {"type": "integer", "minimum": 0, "maximum": 10**9}
+_COUNT = {"type": "integer", "minimum": 0, "maximum": MAX_COUNT}
+_PLAIN = re.compile("[0-9.eE+-]+")
+"""How a number is written: float() takes more."""
+_SERVICE_NAME = "^[a-z][a-z0-9_]{0,62}$"
 _WAIT = Parameter(
     "wait", "Seconds to wait for the outcome at most", {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S}
 )
 _UNTIL = Parameter("until", "How far to wait", {"type": "string", "enum": list(UNTIL)})
 _PHASE = Parameter("phase", "Wait only for the end of this phase", {"type": "string"})
 _AFTER = Parameter(
-    "after", "The number of the last event that is known", {"type": "string", "pattern": "^[0-9]+-[0-9]+$"}
+    "after", "The number of the last event that is known", {"type": "string", "pattern": f"^{NUMBER}$"}
 )
 _LAST = Parameter("last", "So many of the last events at most", _COUNT)
 _GENERATION = Parameter("generation", "Which one", _COUNT)
 _WORKER = Parameter("worker", "Which one", _COUNT)
-_OPERATION = Parameter("id", "Its number", {"type": "integer", "minimum": 1})
-_SERVICE = Parameter("service", "Its name", {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"})
+_OPERATION = Parameter("id", "Its number", {"type": "integer", "minimum": 1, "maximum": MAX_COUNT})
+_SERVICE = Parameter("service", "Its name", {"type": "string", "pattern": _SERVICE_NAME})
 _MODE = Parameter("mode", "What becomes of new work", {"type": "string", "enum": list(DRAIN_MODES)})
 _WORKERS = Parameter(
     "workers", "How many", {"type": "integer", "minimum": 1, "maximum": MAX_WORKERS}, required=True
@@ -65,7 +71,11 @@ _WORKERS = Parameter(
 _NOW = Parameter("now", "1: at once, cutting off what is in flight", {"type": "string"})
 _MANNER = (
     Parameter("strategy", "How it takes over", {"type": "string", "enum": list(STRATEGIES)}),
-    Parameter("canary", "So many workers first", {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS}),
+    Parameter(
+        "canary",
+        "So many workers first, which no strategy but surge does; 0: none",
+        {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS},
+    ),
     Parameter("canary-for", "For so many seconds", {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S}),
 )
 _WAITING_FOR_START = "the first generation has not started yet"
@@ -96,6 +106,7 @@ class Control:
     def _documented(self) -> list[Route]:
         """What others steer an instance with: served and described from here."""
         change = (400, 409, 504)
+        of_one = (*change, 404, 423)
         of, manner = (_GENERATION,), (*_MANNER, _WAIT, _UNTIL)
         return [
             Route("GET", "/livez", self._livez, "Whether the master's loop runs", open=True),
@@ -151,7 +162,7 @@ class Control:
                 "operation",
                 (_WAIT,),
                 _SERVICE,
-                (*change, 404, 423),
+                of_one,
                 more=True,
             ),
             Route(
@@ -162,7 +173,7 @@ class Control:
                 "operation",
                 (_WAIT,),
                 None,
-                change,
+                (*change, 423),
             ),
             Route(
                 "POST",
@@ -172,7 +183,7 @@ class Control:
                 "operation",
                 (*of, *manner),
                 None,
-                change,
+                of_one,
             ),
             Route(
                 "POST",
@@ -182,7 +193,7 @@ class Control:
                 "operation",
                 (*of, _WAIT),
                 None,
-                change,
+                of_one,
             ),
             Route(
                 "POST",
@@ -192,7 +203,7 @@ class Control:
                 "operation",
                 (*of, _WAIT, _UNTIL),
                 None,
-                change,
+                of_one,
             ),
             Route(
                 "POST",
@@ -367,10 +378,11 @@ class Control:
         return Response(200, show(taken.effective, as_json=True).encode() + b"\n")
 
     async def _operation(self, request: Request) -> Response:
-        number = request.query["*"]
-        operation = self._master.operations.get(int(number)) if number.isdigit() else None
+        text = request.query["*"]
+        number = _digits(text)
+        operation = None if number is None else self._master.operations.get(number)
         if operation is None:
-            return problem(404, f"there is no operation {number}; the last 100 are kept")
+            return problem(404, f"there is no operation {text}; the last 100 are kept")
         wait = _seconds(request, "wait", 0.0)
         await operation.wait(wait, until=_until(request), phase=request.query.get("phase"))
         return json_response(operation.document())
@@ -379,20 +391,16 @@ class Control:
         """The last events; as a stream, if that is what is accepted, also all that come."""
         events = self._master.events
         after = request.headers.get("last-event-id") or request.query.get("after")
-        try:
-            number = read_number(after) if after else None
-        except ValueError:
-            return problem(400, f"an event's number looks like 1-23, not {after!r}")
-        count = request.query.get("last", str(KEPT))
-        if not count.isdigit():
-            return problem(400, f"?last= takes a number of events, not {count!r}")
+        number = None if after is None else read_number(after)
+        asked = _number(request, "last")
+        count = KEPT if asked is None else asked
         if EVENT_STREAM not in request.headers.get("accept", ""):
-            kept = events.after(number)[-int(count) :] if int(count) else []
+            kept = events.after(number)[-count:] if count else []
             return Response(200, b'{"events":[' + b",".join(line for _, line in kept) + b"]}\n")
         if self._followers >= MAX_FOLLOWERS:
             return _too_many_followers()
         headers = (("Cache-Control", "no-store"),)
-        return Response(200, b"", EVENT_STREAM, headers, self._follow(events.stream(number, int(count))))
+        return Response(200, b"", EVENT_STREAM, headers, self._follow(events.stream(number, count)))
 
     async def _follow(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         self._followers += 1
@@ -404,12 +412,7 @@ class Control:
 
     async def _logs(self, request: Request) -> Response:
         """What workers printed while they started: those that live, and the last that failed."""
-        wanted: dict[str, int | None] = {}
-        for key in ("generation", "worker"):
-            text = request.query.get(key)
-            if text is not None and not text.isdigit():
-                return problem(400, f"?{key}= takes a number, not {text!r}")
-            wanted[key] = None if text is None else int(text)
+        generation, worker_id = _number(request, "generation"), _number(request, "worker")
         generations = self._master.state.generations
         states = {
             (g.id, worker.id): str(worker.state)
@@ -419,8 +422,7 @@ class Control:
         found = [
             printed
             for printed in self._master.workers.printed(states)
-            if wanted["generation"] in {None, printed.generation}
-            and wanted["worker"] in {None, printed.worker}
+            if generation in {None, printed.generation} and worker_id in {None, printed.worker}
         ]
         return json_response({"logs": found})
 
@@ -449,29 +451,38 @@ class Control:
         self, request: Request, kind: str, event: Callable[[int, int | None], model.Event]
     ) -> Response:
         """Ask for something that is about one generation."""
-        text = request.query.get("generation")
-        if text is not None and not text.isdecimal():
-            return problem(400, f"{kind} takes ?generation=ID, not {text!r}")
-        number = None if text is None else int(text)
+        number = _number(request, "generation")
         return await self._ask(
             request, lambda by: self._master.ask(kind, by, lambda operation: event(operation, number))
         )
 
     async def _swap(self, request: Request) -> Response:
-        if len(self._master.state.swaps_queued) >= MAX_SWAPS_WAITING:
-            return problem(
-                423, f"{MAX_SWAPS_WAITING} swaps are waiting already; try again when they have ended"
-            )
+        name = request.query["*"]
+        if re.fullmatch(_SERVICE_NAME, name) is None:  # which also keeps it out of the log
+            known = list((await status(self._master))["services"])
+            shown = ", ".join(known) or "none"
+            return problem(404, f"there is no service {name!r}; known: {shown}", known=known)
         query = {key: value for key, value in request.query.items() if key not in _NOT_FOR_SERVICES}
-        return await self._ask(request, lambda by: self._master.ask_swap(by, request.query["*"], query))
+
+        def ask(by: str) -> Operation | Response:
+            if len(self._master.state.swaps_queued) >= MAX_SWAPS_WAITING:
+                why = f"{MAX_SWAPS_WAITING} swaps are waiting already; try again when they have ended"
+                return problem(423, why)
+            return self._master.ask_swap(by, name, query)
+
+        return await self._ask(request, ask)
 
     async def _scale(self, request: Request) -> Response:
-        workers = request.query.get("workers", "")
-        if not workers.isdigit() or not 1 <= int(workers) <= MAX_WORKERS:
-            return problem(400, f"scale takes ?workers=N with N from 1 to {MAX_WORKERS}, not {workers!r}")
-        if self._master.state.changing:
-            return problem(423, "a reload is running; try again when it has ended")
-        return await self._ask(request, lambda by: self._master.ask_scale(by, int(workers)))
+        workers = _number(request, "workers", 1, MAX_WORKERS)
+        if workers is None:
+            return problem(400, f"scale takes ?workers=N with N from 1 to {MAX_WORKERS}")
+
+        def ask(by: str) -> Operation | Response:
+            if self._master.state.changing:
+                return problem(423, "a reload is running; try again when it has ended")
+            return self._master.ask_scale(by, workers)
+
+        return await self._ask(request, ask)
 
     async def _drain_start(self, request: Request) -> Response:
         mode = request.query.get("mode", DRAIN_MODES[0])
@@ -490,18 +501,22 @@ class Control:
 
     async def _upgrade(self, request: Request) -> Response:
         """Answers once it is known whether the new code starts: its end is told by the new master alone."""
+        wait = _seconds(request, "wait", MAX_WAIT_S)
         operation = self._master.ask_upgrade(_who(request))
-        await operation.wait(_seconds(request, "wait", MAX_WAIT_S), phase="queued")
-        await operation.wait(_seconds(request, "wait", MAX_WAIT_S), phase="try")
+        await operation.wait(wait, phase="queued")
+        await operation.wait(wait, phase="try")
         location = {"Location": f"{HOT}/operations/{operation.number}"}
         if operation.ok is False:
             return problem(409, operation.reason, location, operation=operation.document())
         return json_response(operation.document(), 202, location)
 
-    async def _ask(self, request: Request, ask: Callable[[str], Operation]) -> Response:
+    async def _ask(self, request: Request, ask: Callable[[str], Operation | Response]) -> Response:
+        """What `ask` has begun, or its refusal; it is called with who asks, once all parameters are known to be right."""
         wait = _seconds(request, "wait", MAX_WAIT_S)
         until = _until(request)
         operation = ask(_who(request))
+        if isinstance(operation, Response):
+            return operation
         location = {"Location": f"{HOT}/operations/{operation.number}"}
         if wait == 0:
             return json_response(operation.document(), 202, location)
@@ -536,7 +551,7 @@ def _seconds(request: Request, key: str, default: float) -> float:
     if text is None:
         return default
     try:
-        value = float(text)
+        value = float(text) if _PLAIN.fullmatch(text) else -1.0
     except ValueError:
         value = -1.0
     if not 0 <= value <= MAX_WAIT_S:
@@ -544,18 +559,31 @@ def _seconds(request: Request, key: str, default: float) -> float:
     return value
 
 
+def _number(request: Request, key: str, lowest: int = 0, highest: int = MAX_COUNT) -> int | None:
+    text = request.query.get(key)
+    if text is None:
+        return None
+    value = _digits(text)
+    if value is None or not lowest <= value <= highest:
+        raise ValueError(f"?{key}= takes a number from {lowest} to {highest}, not {text!r}")
+    return value
+
+
+def _digits(text: str) -> int | None:
+    """The number that `text` writes, in as many digits as any here has."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
 def _manner(request: Request) -> Manner:
     """How one generation shall take over from another, where it isn't to be as the settings say."""
-    strategy, canary = request.query.get("strategy"), request.query.get("canary")
+    strategy, canary = request.query.get("strategy"), _number(request, "canary", 0, MAX_WORKERS)
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"?strategy= takes {', '.join(STRATEGIES)}, not {strategy!r}")
-    if canary is not None and not (canary.isdecimal() and int(canary) <= MAX_WORKERS):
-        raise ValueError(f"?canary= takes a number of workers from 0 to {MAX_WORKERS}, not {canary!r}")
-    if canary not in {None, "0"} and strategy not in {None, model.Strategy.SURGE}:
+    if canary and strategy not in {None, model.Strategy.SURGE}:
         raise ValueError(f"a canary and the strategy {strategy} contradict each other: leave one of them out")
     return Manner(
         None if strategy is None else model.Strategy(strategy),
-        None if canary is None else int(canary),
+        canary,
         _seconds(request, "canary-for", 0.0) if "canary-for" in request.query else None,
     )
 

@@ -23,7 +23,8 @@ _PROBLEM: _Schema = {
         "title": {"type": "string"},
         "status": {"type": "integer"},
         "detail": {"type": "string"},
-        "known": {"type": "array", "items": {"type": "string"}},
+        "known": {"type": "array", "items": {"type": ["string", "integer"]}},
+        "running": {"type": "object", "description": "What else changes: its kind, generation and phase."},
         "operation": {"$ref": "#/components/schemas/Operation"},
     },
 }
@@ -41,6 +42,16 @@ _OPERATION: _Schema = {
         "reason": {"type": "string"},
         "notes": {"type": "array", "items": {"type": "string"}},
         "generation": {"type": ["integer", "null"]},
+    },
+}
+_EVENT: _Schema = {
+    "type": "object",
+    "description": "One event of the stream.",
+    "required": ["data"],
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": JSON},
     },
 }
 
@@ -90,7 +101,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": {"Problem": _PROBLEM, "Operation": _OPERATION},
+            "schemas": {"Problem": _PROBLEM, "Operation": _OPERATION, "Event": _EVENT},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -160,9 +171,9 @@ def _content(answers: Answer) -> dict[str, Any]:
         case "text":
             return {kind: {"schema": {"type": "string"}} for kind in _METRICS}
         case "events":
-            return {_EVENTS: {"schema": {"type": "string"}}}
+            return {_EVENTS: {"schema": {"$ref": "#/components/schemas/Event"}}}
         case "json or events":
-            return {JSON: {"schema": {"type": "object"}}, _EVENTS: {"schema": {"type": "string"}}}
+            return _content("json") | _content("events")
     return {JSON: {"schema": {"type": "object"}}}
 
 

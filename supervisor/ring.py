@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -23,6 +24,8 @@ PING_S = 15.0
 
 Number = tuple[int, int]
 """Of the master, and of its event."""
+NUMBER = "[0-9]{1,18}-[0-9]{1,18}"
+"""How it is written."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -125,6 +128,8 @@ def write_number(number: Number) -> str:
 
 def read_number(text: str) -> Number:
     """What `write_number` wrote. Raises `ValueError`."""
+    if re.fullmatch(NUMBER, text) is None:
+        raise ValueError(f"an event's number looks like 1-23, not {text!r}")
     epoch, _, count = text.partition("-")
     return int(epoch), int(count)
 

@@ -96,6 +96,14 @@ def test_readyz_follows_the_operators_drain(application) -> None:
         ("POST", f"{HOT}/reload?wait=soon", 400),
         ("POST", f"{HOT}/reload?until=never", 400),
         ("POST", f"{HOT}/reload?wait=-1", 400),
+        ("POST", f"{HOT}/reload?wait=1_0", 400),
+        ("POST", f"{HOT}/reload/no%0Aname", 404),
+        ("POST", f"{HOT}/reload/prices?wait=soon", 400),
+        ("POST", f"{HOT}/upgrade?wait=soon", 400),
+        ("POST", f"{HOT}/discard?generation=1000000001", 400),
+        ("GET", f"{HOT}/events?last=1000000001", 400),
+        ("GET", f"{HOT}/events?after=", 400),
+        ("GET", f"{HOT}/logs?worker=%D9%A1", 400),
     ],
 )
 def test_bad_requests_get_problem_documents(application, method, target, code) -> None:
@@ -105,6 +113,7 @@ def test_bad_requests_get_problem_documents(application, method, target, code) -
         assert document["status"] == code
         assert document["detail"]
         assert len(master.status()["reloads"]) == 1
+        assert master.call("GET", f"{HOT}/operations/2")[0] == 404, "nothing was begun"
         master.stop()
 
 
@@ -140,6 +149,8 @@ def test_scale_during_a_reload_is_a_conflict(application, tmp_path) -> None:
         code, document = master.call("POST", f"{HOT}/scale?workers=2")
         assert code == 423
         assert "reload" in document["detail"]
+        code, document = master.call("POST", f"{HOT}/scale?workers=2&wait=soon")
+        assert (code, document["detail"][:6]) == (400, "?wait="), "what is wrong with it comes first"
         gate.write_text("go")
         reload.join()
         master.stop()

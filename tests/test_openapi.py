@@ -1,12 +1,37 @@
-"""The description of the control API is of what is served."""
+"""The description of the control API is of what is served, and a machine tries all that it says, and what it doesn't."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from scenario import HOT, supervised
+from scenario import HOT, ROOT, environment, supervised
 from test_control import TOKEN, free_port, tcp_call
+
+ENDING = ("stop", "upgrade")
+"""What ends the master, or begins it anew."""
+SCHEMATHESIS = """
+request-timeout = 60
+max-stream-events = 1
+
+[generation]
+max-examples = 5
+deterministic = true
+database = "none"
+
+[phases.stateful]
+max-steps = 4
+
+# with all checks on; 423 (something else changes), 503 (not ready) and 504 (the wait is over) are meant
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", 503, 504]
+
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "3xx", 401, 403, 404, 409, 423, 503, 504]
+"""
 
 
 @pytest.fixture
@@ -35,4 +60,38 @@ def test_the_description_is_of_what_is_served(application, token_file) -> None:
                 if operation["security"]:
                     code, _, answer = tcp_call(port, method.upper(), target)
                     assert (code, answer["status"]) == (401, 401), path
+        master.stop()
+
+
+@pytest.mark.timeout(300)
+def test_schemathesis_finds_nothing_wrong(application, token_file, tmp_path: Path) -> None:
+    port = free_port()
+    configuration = tmp_path / "schemathesis.toml"
+    configuration.write_text(SCHEMATHESIS)
+    arguments = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    with supervised("shop:app", *arguments, cwd=application("1")) as master:
+        done = subprocess.run(
+            [
+                Path(sys.executable).parent / "schemathesis",
+                f"--config-file={configuration}",
+                "run",
+                f"http://127.0.0.1:{port}{HOT}/openapi.json",
+                f"--header=Authorization: Bearer {TOKEN}",
+                *(f"--exclude-path={HOT}/{name}" for name in ENDING),
+                "--no-color",
+            ],
+            cwd=tmp_path,
+            env=environment(SCHEMATHESIS_HOOKS="moderation", PYTHONPATH=str(ROOT / "tests")),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{master.output.text}"
+        described = master.call("GET", f"{HOT}/openapi.json")[1]["paths"]
+        tried = sum(map(len, described.values())) - len(ENDING) - 1  # nor is the description itself
+        assert f"Tested: {tried}\n" in done.stdout, done.stdout
+        assert not re.search("workers=([3-9]|[12][0-9])", master.output.text), (
+            "more than this machine can bear"
+        )
+        assert master.call("GET", "/livez")[0] == 200
         master.stop()
