@@ -159,7 +159,10 @@ def _head(document: dict[str, Any], gone: str) -> Text:
 
 
 def _workers(document: dict[str, Any]) -> Table:
-    table = _table("GEN", "STATE", "AGE", "CODE", "WORKER", "PID", "STATE")
+    table = _table("GEN", "STATE", "AGE")
+    table.add_column("CODE", overflow="ellipsis")  # on a narrow terminal it gives way first
+    for head in ("WORKER", "PID", "STATE"):
+        table.add_column(head, no_wrap=True)
     for head in ("CONNS", "BUSY", "REQ/S", "CPU", "MEMORY"):
         table.add_column(head, justify="right", no_wrap=True)
     for generation in document["generations"]:

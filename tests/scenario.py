@@ -86,7 +86,8 @@ def environment(**extra: str) -> dict[str, str]:
         if not key.startswith(("SEGUE_", "UVICORN_", "LISTEN_"))
     }
     kept[MARK] = os.environ[MARK]
-    kept.pop("NOTIFY_SOCKET", None)
+    for key in ("NOTIFY_SOCKET", "COLUMNS", "LINES"):  # the size is the terminal's
+        kept.pop(key, None)
     kept["SEGUE_LOG_FORMAT"] = "text"  # as on a terminal
     return kept | extra
 

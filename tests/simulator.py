@@ -1431,7 +1431,11 @@ class Checks:
             since = self.world.superseded.get(number)
             if since is None:
                 self.fail(f"{process.key} has active services, and its generation has never served")
-            elif number not in self.world.harmed and not process.deaf and not self.world.faults:
+            elif (
+                number not in self.world.harmed
+                and not (process.deaf or process.call)  # what it owes an answer to comes first
+                and not self.world.faults
+            ):
                 late = self.world.now - since - HANDOVER_S
                 if late > LATE_S:
                     self.fail(f"{process.key} still has active services {late:.1f} s too late")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from scenario import ROOT, environment
 
 
+@pytest.mark.timeout(660)
 def test_whatever_goes_wrong_only_what_a_killed_worker_held_is_lost() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.chaos", "--events", "1"],

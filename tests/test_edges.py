@@ -178,7 +178,8 @@ def in_flight(document: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("parser", ["httptools", "h11"])
 def test_a_request_that_is_stuck_is_cut_at_the_drain_deadline(application, parser) -> None:
-    with supervised("shop:app", "--http", parser, "--drain-timeout", "1", cwd=application("1")) as master:
+    flags = ("--http", parser, "--drain-timeout", "1", "--probation", "0")
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
         with Client(master.port) as idle, Client(master.port) as stuck:
             assert idle.get("/")[2] == b"1"
             stuck.connection.request("GET", "/work?ms=3600000")

@@ -287,12 +287,12 @@ def test_several_old_generations_drain_at_once(application) -> None:
 
 
 def test_a_reload_under_sigstop_of_nothing_leaks_no_descriptor(application) -> None:
-    with supervised("shop:app", cwd=application("1")) as master:
+    with supervised("shop:app", "--probation", "0", cwd=application("1")) as master:
         master.reload("--wait", "drained")
         before = len(os.listdir(f"/proc/{master.process.pid}/fd"))
         for _ in range(5):
             master.reload("--wait", "drained")
-        assert len(os.listdir(f"/proc/{master.process.pid}/fd")) == before
+        assert len(os.listdir(f"/proc/{master.process.pid}/fd")) <= before
         master.stop()
 
 

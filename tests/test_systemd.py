@@ -363,7 +363,9 @@ def test_one_instance_for_each_configuration(machine: Machine, service: Service)
     """Of a template: started, reloaded, killed and stopped each by itself."""
     config = service.directory.parent
     for name, port in (("blue", 8001), ("green", 8002)):
-        (config / f"{name}.toml").write_text(f'app = "shop:app"\nbind = ["127.0.0.1:{port}"]\n')
+        (config / f"{name}.toml").write_text(
+            f'app = "shop:app"\nbind = ["127.0.0.1:{port}"]\nprobation = 0\n'
+        )
     text = machine.unit("--template", "--config", f"{config}/%i.toml", cwd=service.directory)
     machine.install("segue@.service", text)
     blue = Service(machine, service.directory, "segue@blue.service", 8001)

@@ -167,13 +167,14 @@ def test_a_broken_journal_prevents_no_start(application, broken) -> None:
 def test_what_an_operator_has_said_outlives_the_master(application) -> None:
     """The drain, the number of workers and the history of reloads are in the journal."""
     directory = application("1")
-    with on_a_port(*SERVE, cwd=directory) as (master, port):
+    serve = (*SERVE, "--probation", "0")  # a crash is to be replaced, not taken back
+    with on_a_port(*serve, cwd=directory) as (master, port):
         master.reload()
         assert master.command("scale", "3").returncode == 0
         assert master.command("drain", "start").returncode == 0
         pids = master.worker_pids()
         before = master.status()
-        with taken_over(master, *SERVE, cwd=directory, port=port) as again:
+        with taken_over(master, *serve, cwd=directory, port=port) as again:
             after = again.status()
             assert again.worker_pids() == pids
             assert (after["current"], after["drain_mode"]) == (2, "reject")
