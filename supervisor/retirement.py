@@ -1,8 +1,10 @@
 """What becomes of a generation that has been taken over from: it drains, is kept for a while, and ends.
 
 Drained workers stay *warm* until `Generation.warm_until`, and the generation can be promoted again until
-`Generation.kept_until`, with workers that are started anew in the place of those that it has lost. Its state follows from
-what is left of it, which `check` looks at after every event; a generation that is being promoted is let alone.
+`Generation.kept_until`, with workers that are started anew in the place of those that it has lost. Only the one that
+served last is warm: however often a service is reloaded, the memory of one generation is held beside what serves.
+Its state follows from what is left of it, which `check` looks at after every event; a generation that is being promoted
+is let alone.
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ def drained(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
         turn.park(generation, worker, max(0.0, last - turn.now) + generation.limits.ready_timeout)
     else:
         turn.stop_worker(generation, worker, generation.limits.stop_timeout)
+
+
+def let_cool(turn: Turn) -> None:
+    """Nobody is warm any more, as of now; `check`, at the end of this turn, ends the workers that were."""
+    for generation in turn.state.generations.values():
+        if generation.warm_until is not None:
+            generation.warm_until = turn.now
 
 
 def retire(turn: Turn, generation: m.Generation, cause: str) -> None:

@@ -216,6 +216,24 @@ def test_a_parked_generation_ends_when_its_time_is_over(application) -> None:
         master.stop()
 
 
+def test_only_the_last_generation_stays_warm_and_an_earlier_one_is_started_anew(application) -> None:
+    with supervised("shop:app", *KEEP, cwd=application("1")) as master, Client(master.port) as client:
+        for version in ("2", "3", "4"):
+            application(version)
+            master.reload("--wait", "drained")
+        document = master.wait_status(lambda s: [len(g["workers"]) for g in s["generations"]] == [0, 0, 1, 1])
+        assert states(document) == {1: "parked", 2: "parked", 3: "parked", 4: "active"}
+        refused = master.command("rollback", "1")
+        assert refused.returncode == 1
+        assert "is no longer that of generation 1" in refused.stderr
+        assert client.get("/")[2] == b"4"
+        application("1")
+        done = master.command("rollback", "1")
+        assert done.returncode == 0, done.stderr
+        assert client.get("/")[2] == b"1"
+        master.stop()
+
+
 def test_without_parking_the_old_generation_ends_as_soon_as_it_is_drained(application) -> None:
     with supervised("shop:app", "--park-for", "0", "--probation", "600", cwd=application("1")) as master:
         application("2")

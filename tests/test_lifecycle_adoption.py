@@ -55,6 +55,7 @@ def test_of_several_parked_generations_the_one_that_served_last_is_still_known()
     world = reloaded(park_for=100.0)
     assert answered(world, world.reload()).ok
     world.run(5.0)
+    world.restore(1)
     assert answered(world, world.rollback(1)).ok
     world.run(5.0)
     world.kill_master()

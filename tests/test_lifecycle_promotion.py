@@ -290,9 +290,48 @@ def test_of_several_the_one_that_served_last_comes_back_unless_another_is_named(
     world.run(5.0)
     assert answered(world, world.rollback()).generation == 2
     world.run(5.0)
+    world.restore(1)
     assert answered(world, world.rollback(1)).generation == 1
     world.run(5.0)
     assert answered(world, world.rollback()).generation == 2
+
+
+def test_only_the_generation_that_served_last_is_warm_however_many_reloads_there_are() -> None:
+    world = reloaded()
+    for number in range(3, 13):
+        assert answered(world, world.reload()).generation == number
+        world.run(2.0)
+        assert {process.key[0] for process in world.live()} == {number - 1, number}
+    assert world.drained == list(range(1, 13))
+    calm(world)
+
+
+def test_a_generation_from_before_the_last_one_comes_back_with_workers_that_are_started_anew() -> None:
+    world = reloaded()
+    assert answered(world, world.reload()).ok
+    world.run(2.0)
+    seen = len(world.log)
+    answer = answered(world, world.rollback(1))
+    assert not answer.ok
+    assert "code" in answer.reason
+    world.restore(1)
+    assert answered(world, world.rollback(1)).ok
+    assert {spawn.generation for spawn in spawns(world, seen)} == {1}
+    calm(world)
+
+
+def test_what_still_drains_when_the_next_promote_comes_finishes_and_is_not_parked() -> None:
+    world = started()
+    for process in world.serving():
+        process.work_s = 20.0
+    for _ in range(2):
+        assert answered(world, world.reload()).ok
+    world.run(10.0)
+    assert [process.mode for process in world.of(1)] == ["draining", "draining"]
+    world.run(15.0)
+    assert not world.of(1)
+    assert not world.said["worker-killed"]
+    calm(world)
 
 
 @pytest.mark.parametrize(
