@@ -72,6 +72,13 @@ def test_the_page_can_be_written_again_and_says_where_segue_loses(tmp_path: Path
     losses = page.partition("## What segue loses")[2].partition("##")[0]
     assert "- Requests/s, 1 worker: other 2,000; segue 1,000." in losses
     assert "2 workers" not in losses
+    again = results | {"runs": [run("segue", "throughput", one=3000.0, two=1500.0)]}
+    (tmp_path / "again.json").write_text(json.dumps(again))
+    both = [str(tmp_path / name) for name in ("results.json", "again.json")]
+    assert compare("--page", *both, "--out", str(tmp_path)).returncode == 0
+    page = (tmp_path / "comparison.md").read_text()
+    assert "| Requests/s, 1 worker | 3,000 | 2,000 |" in page
+    assert "in 2 minutes" in page
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -26,6 +26,8 @@ from bench.users import ROOT
 
 DOCS = ROOT / "docs"
 RUNS = 2
+OFTEN = {"throughput": 3}
+"""What takes so many turns in a run: a rate differs by several per cent from one process to the next."""
 
 
 def main() -> int:
@@ -35,7 +37,7 @@ def main() -> int:
         path = _keep(results, args.out)
         print(f"\nresults: {path}")
     else:
-        results = json.loads(args.page.read_text())
+        results = _merged([json.loads(path.read_text()) for path in args.page])
     args.out.mkdir(parents=True, exist_ok=True)
     page = write_page(results, args.out / "comparison.md")
     figures = _draw(results, args.out)
@@ -49,10 +51,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if missing:
         sys.exit(f"{', '.join(missing)}: not installed; 'make compare' does that, or name --servers segue")
     begun, runs = time.time(), list[dict[str, Any]]()
-    total = args.runs * len(args.scenarios) * len(contestants)
+    turns = [key for key in args.scenarios for _ in range(1 if args.quick else OFTEN.get(key, 1))]
+    total = args.runs * len(turns) * len(contestants)
     with workshop(args.quick, print) as bench:
         for number in range(args.runs):
-            for place, key in enumerate(args.scenarios):
+            for place, key in enumerate(turns):
                 for contestant in rotated(contestants, number + place):
                     what = f"{len(runs) + 1}/{total} {SCENARIOS[key][0]}: {contestant.name}"
                     print(f"{what} …", flush=True)
@@ -80,6 +83,18 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "scenarios": {key: SCENARIOS[key][0] for key in args.scenarios},
         "runs": runs,
     }
+
+
+def _merged(several: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured in several goes: of each server in each scenario the last, since one takes less than all."""
+    merged, *others = several
+    for results in others:
+        again = {(run["scenario"], run["contestant"]) for run in results["runs"]}
+        kept = [run for run in merged["runs"] if (run["scenario"], run["contestant"]) not in again]
+        merged["runs"] = kept + results["runs"]
+        merged["scenarios"] |= results["scenarios"]
+        merged["seconds"] += results["seconds"]
+    return merged
 
 
 def _keep(results: dict[str, Any], out: Path) -> Path:
@@ -120,7 +135,11 @@ def _arguments() -> argparse.Namespace:
         help="where the page and its figures go (default: docs, with --quick bench/results)",
     )
     parser.add_argument(
-        "--page", type=Path, metavar="RESULTS", help="only write page and figures of these results"
+        "--page",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="only write page and figures of these results; what is in several counts as in the last",
     )
     args = parser.parse_args()
     args.servers = [key for key in args.servers.split(",") if key]

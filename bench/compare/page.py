@@ -299,7 +299,7 @@ def _how(results: Results, contestants: list[dict[str, Any]]) -> list[str]:
         "The access log is off everywhere. The load: 50 clients that keep their connection and wait 0 to 20 ms between an answer",
         "and the next request, 10 of which post, 10 clients with a new connection for each request, 5 streams of 2 s; in the",
         "scenarios of what is broken a light one. The application takes 1 s to start in the reloads under load, 7 s where it takes",
-        "long, else nothing. The requests/s are wrk's, 32 connections, one thread.",
+        "long, else nothing. The requests/s are wrk's, 32 connections, one thread, the median of three turns in each run.",
         "",
         "    make compare                                          # all of it",
         '    make compare ARGS="--quick"                           # shorter, to see that it works',
