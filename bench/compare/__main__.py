@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     missing = [c.name for c in contestants if not c.ours and not THEIRS.exists()]
     if missing:
         sys.exit(f"{', '.join(missing)}: not installed; 'make compare' does that, or name --servers segue")
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # under nohup: the servers would inherit that, but not a handler
+        signal.signal(signal.SIGHUP, lambda *_: None)
     begun, runs = time.time(), list[dict[str, Any]]()
     turns = [key for key in args.scenarios for _ in range(1 if args.quick else OFTEN.get(key, 1))]
     total = args.runs * len(turns) * len(contestants)

@@ -60,14 +60,14 @@ def reloads(bench: Bench, contestant: Contestant, workers: int) -> Found:
             time.sleep(rest_s)
             if server.ended is not None:
                 break
-        result = clients.end()
+        ended, result = server.ended, clients.end()
     told = [delay for delay in delays if delay is not None]
     return {
         **felt(result),
         "reloads": len(delays),
         "not_done": len(delays) - len(told),
         "new_code_s": statistics.median(told) if told else None,
-        "ended": server.ended if server.ended is not None and delays[-1] is None else None,
+        "ended": ended,
         "around": around(result, signals),
     }
 
