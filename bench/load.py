@@ -55,7 +55,7 @@ KINDS = {
 SHORT = ("keepalive", "newconn")
 """The classes of clients whose requests are short; the third is ``sse``."""
 
-MAX_LOST = 20_000
+MAX_LOST = 200_000
 """Lost connections that are told one by one."""
 
 _TURN_S = 0.005

@@ -1,8 +1,9 @@
 """``python -m bench.chaos [--events 10] [--minutes 0] [--seed N] [--only NAME]``: everything that can go wrong, under load.
 
-Rounds of all events in random order, under the load generator, until each has happened so often and so many minutes
-have passed. Only requests and connections that a killed worker held may be lost; anything else, and any event after which the
-instance is not whole again, is a failure. A seed repeats the order and the choices, not the timing.
+Events in random order, under the load generator, until each has happened so often and so many minutes have passed; at times
+one beside another. Only requests and connections that a killed worker held may be lost, and what code that is bad on
+purpose has answered with 500; anything else, and any event after which the instance is not whole again, is a failure. A
+seed repeats the order and the choices, not the timing.
 
 Exit status: 0 when nothing else was lost, 1 otherwise, 2 for wrong arguments.
 """
@@ -21,20 +22,26 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
 from pathlib import Path
 from typing import Any
 
-from bench.chaos.events import EVENTS
+from bench.chaos.blame import Cause, Loss
+from bench.chaos.events import BESIDE, EVENTS, WITH_COMPANY
 from bench.chaos.instance import ChaosError, Instance
+from bench.chaos.schedule import Schedule
 from bench.processes import kill_marked, marked
 from bench.users import ROOT
 
 _NAMESPACE = "BENCH_CHAOS_NAMESPACE"
 _RUNTIME_BYTES = 2 * 1024 * 1024
-_LOAD = ("--keepalive", "20", "--post", "5", "--newconn", "5", "--sse", "3", "--timeout", "30")
+_LOAD = (
+    *("--keepalive", "20", "--post", "5", "--newconn", "5", "--sse", "3"),
+    *("--timeout", "30", "--think-max", "40"),
+)
 _MOST_PAUSE_S = 0.5
 _SHOWN = 20
 
@@ -46,9 +53,11 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="segue-chaos-"))
     mark = uuid.uuid4().hex
     print(f"chaos: seed {args.seed}; the master's output is in {directory}/output", flush=True)
-    instance = Instance(directory, mark)
+    rng = random.Random(args.seed)
+    names = [name for name in EVENTS if not args.only or name in args.only]
+    schedule = Schedule(names, args.events, rng, BESIDE, WITH_COMPANY)
+    instance = Instance(directory, mark, random.Random(rng.random()))
     _mount(instance.runtime_dir)
-    counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     tally: dict[str, Any] = {}
     messages: tuple[int, int, int] | None = None
@@ -59,13 +68,15 @@ def main() -> int:
         load = _load(instance.blame.port, directory)
         try:
             instance.messages.publish()
-            failures += _torment(instance, args, counts)
+            failures += _torment(instance, args, schedule, rng)
             messages = instance.messages.finish()
         finally:
             tally = _finish(load, directory)
         instance.stop()
     except ChaosError as error:
         failures.append(str(error))
+    except KeyboardInterrupt:
+        failures.append("it was interrupted")
     except Exception:
         failures.append(traceback.format_exc())
     instance.messages.close()
@@ -73,70 +84,84 @@ def main() -> int:
     if left:
         failures.append(f"processes left behind: {left}")
         kill_marked(mark)
-    good = _tell(instance, args.seed, counts, tally, messages, failures)
+    good = _tell(instance, args.seed, schedule, tally, messages, failures)
     subprocess.run(["umount", "-l", str(instance.runtime_dir)], check=False)
     if good:
         shutil.rmtree(directory, ignore_errors=True)
     return 0 if good else 1
 
 
-def _torment(instance: Instance, args: argparse.Namespace, counts: collections.Counter[str]) -> list[str]:
-    """Rounds of events; returns what went wrong. After that one goes on: the instance must recover."""
-    rng = random.Random(args.seed)
-    names = [name for name in EVENTS if not args.only or name in args.only]
+def _torment(
+    instance: Instance, args: argparse.Namespace, schedule: Schedule, rng: random.Random
+) -> list[str]:
+    """One event after the other; returns what went wrong. After that one goes on: the instance must recover."""
     begun = time.monotonic()
-    failures = []
-    rounds = 0
-    while rounds < args.events or time.monotonic() - begun < args.minutes * 60:
-        rng.shuffle(names)
-        for name in names:
-            if rounds >= args.events and time.monotonic() - begun >= args.minutes * 60:
-                break
-            time.sleep(rng.uniform(0, _MOST_PAUSE_S))
-            at = time.monotonic() - begun
-            try:
-                told = EVENTS[name](instance, rng)
-                instance.settle()
-            except ChaosError as error:
-                failures.append(f"{at:.1f} s, {name}: {error}")
-                told = f"FAILED: {error}"
-            counts[name] += 1
-            print(f"{at:7.1f} s  {name:28} {told.splitlines()[0]}", flush=True)
-            if len(failures) >= args.most_failures:
-                return failures
-        rounds += 1
+    failures: list[str] = []
+
+    def happen(name: str, rng: random.Random) -> None:
+        at = time.monotonic()
+        time.sleep(rng.uniform(0, _MOST_PAUSE_S))
+        try:
+            told = EVENTS[name](instance, rng)
+        except ChaosError as error:
+            failures.append(f"{at - begun:.1f} s, {name}: {error}")
+            told = f"FAILED: {error}"
+        except Exception:
+            failures.append(f"{at - begun:.1f} s, {name}: {traceback.format_exc()}")
+            told = "FAILED"
+        took_s = time.monotonic() - at
+        schedule.counts[name] += 1
+        print(f"{at - begun:7.1f} s {took_s:5.1f} s  {name:28} {told.splitlines()[0]}", flush=True)
+
+    while not schedule.enough or time.monotonic() - begun < args.minutes * 60:
+        name, beside = schedule.next()
+        company = None
+        if beside is not None:
+            company = threading.Thread(target=happen, args=(beside, random.Random(rng.random())))
+            company.start()
+        happen(name, rng)
+        if company is not None:
+            company.join()
+        try:
+            instance.settle()
+        except ChaosError as error:
+            failures.append(f"{time.monotonic() - begun:.1f} s, after {name} and {beside}: {error}")
+        if len(failures) >= args.most_failures:
+            break
     return failures
 
 
 def _tell(
     instance: Instance,
     seed: int,
-    counts: collections.Counter[str],
+    schedule: Schedule,
     tally: dict[str, Any],
     messages: tuple[int, int, int] | None,
     failures: list[str],
 ) -> bool:
     """The end of it, for a person; returns whether all is well."""
+    counts = schedule.counts
     print(f"\nseed {seed}: {counts.total()} events")
     for name, count in sorted(counts.items()):
         print(f"  {count:5}  {name}")
-    lost = tally.get("lost", [])
-    explained = [each for each in lost if instance.blame.explains(*each[:3])]
-    unexplained = [each for each in lost if not instance.blame.explains(*each[:3])]
+    lost: list[Loss] = [(at, port, dialed, what) for at, port, dialed, what in tally.get("lost", [])]
+    causes = collections.Counter((instance.blame.cause(each), each[3] == "idle") for each in lost)
     closes = tally.get("server_closes", {})
-    told = tally.get("failed_total", 0) + closes.get("idle_keepalive_closed", 0)
-    untold = told - len(lost)
+    untold = tally.get("failed_total", 0) + closes.get("idle_keepalive_closed", 0) - len(lost)
+    told_to_close = closes.get("connection_close_header", 0)
     print(f"  {tally.get('ok_total', 0)} requests answered, in {tally.get('duration', 0)} s")
-    print(f"  {sum(each[3] != 'idle' for each in explained)} failed with a worker that was killed")
-    print(f"  {sum(each[3] == 'idle' for each in explained)} idle connections ended with one")
-    print(f"  {sum(each[3] != 'idle' for each in unexplained) + untold} failed otherwise")
-    print(f"  {sum(each[3] == 'idle' for each in unexplained)} idle connections were closed otherwise")
-    print(f"  {closes.get('connection_close_header', 0)} answers with Connection: close")
+    print(f"  {causes[Cause.SPOILED, False]} answered {Cause.SPOILED}")
+    print(f"  {causes[Cause.KILLED, False]} failed {Cause.KILLED}")
+    print(f"  {causes[Cause.KILLED, True]} idle connections ended with one")
+    print(f"  {causes[Cause.UNKNOWN, False] + untold} failed {Cause.UNKNOWN}")
+    print(f"  {causes[Cause.UNKNOWN, True]} idle connections were closed {Cause.UNKNOWN}")
+    print(f"  {told_to_close} answers with Connection: close")
     if messages is not None:
         sent, missed, doubled = messages
         print(f"  {sent} MQTT messages sent: {missed} lost, {doubled} came more than once, known by their id")
         if missed:
             failures = [*failures, f"{missed} MQTT messages were lost"]
+    unexplained = [each for each in lost if instance.blame.cause(each) is Cause.UNKNOWN]
     for at, port, dialed, what in unexplained[:_SHOWN]:
         t0 = tally["t0"]
         print(
@@ -145,12 +170,10 @@ def _tell(
         )
     for failure in failures:
         print(f"  FAILED {failure}")
-    good = not failures and not unexplained and not untold and not closes.get("connection_close_header", 0)
-    print(
-        "  nothing else was lost" if good and tally.get("ok_total") else "  A PROMISE WAS NOT KEPT",
-        flush=True,
-    )
-    return bool(good and tally.get("ok_total"))
+    lacking = unexplained or untold or told_to_close or not schedule.enough or not tally.get("ok_total")
+    good = not failures and not lacking
+    print("  nothing else was lost" if good else "  A PROMISE WAS NOT KEPT", flush=True)
+    return good
 
 
 def _load(port: int, directory: Path) -> subprocess.Popen[bytes]:

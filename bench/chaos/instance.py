@@ -5,63 +5,34 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bench.chaos.blame import Blame
+from bench.chaos.code import Code
 from bench.chaos.messages import Messages
 from bench.processes import MARK, descriptors
 from bench.users import ROOT
+from segue.supervisor.operations import reached
 
 HOT = "/api/v1/hot"
 WORKERS = 2
 DEADLINE_S = 90.0
-READY_TIMEOUT_S = 30
 HEARTBEAT_TIMEOUT_S = 4
 PROBATION_S = 2
+PARK_FOR_S = 20
 _POLL_S = 0.05
 _START_S = 0.2
-CODE = """
-{prelude}
-import os
-import segue
-from bench.app import app as _app
-from segue.worker.backend.hsp.connector import HSPConnector
-from segue.worker.backend.hsp.envelope import FACT
-from segue.worker.backend.hsp.settings import HSPSettings
-
-VERSION = {version}
-_received = os.open(os.environ["CHAOS_RECEIVED"], os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-_services = segue.Services()
-
-def _write_down(message):
-    if "number" in message.payload:
-        os.write(_received, b"%d %d\\n" % (message.payload["topic"], message.payload["number"]))
-
-def _make(settings: HSPSettings, previous: HSPConnector | None = None) -> HSPConnector:
-    connector = HSPConnector(settings, previous)
-    if previous is None:
-        connector.on(FACT, _write_down)
-    return connector
-
-_services.declare("hsp", _make, settings=HSPSettings, per="generation")
-
-async def serve(scope, receive, send):
-    {lifespan}
-    if scope["type"] == "http" and scope["path"] == "/warm":
-        {warm}
-    await _app(scope, receive, send)
-
-app = _services.wrap(serve)
-"""
 
 
 class ChaosError(Exception):
@@ -71,50 +42,20 @@ class ChaosError(Exception):
 class Instance:
     """Started with `start`; every method that waits raises `ChaosError` when it is too late."""
 
-    def __init__(self, directory: Path, mark: str) -> None:
+    def __init__(self, directory: Path, mark: str, rng: random.Random) -> None:
         self.directory = directory
         self.runtime_dir = directory / "run"
-        self.code = directory / "code"
         self.output = directory / "output"
-        self.blame = Blame()
+        self.blame = Blame(directory / "spoiled")
+        self.blame.spoiled.touch()
         self.messages = Messages(directory)
+        self.code = Code(directory / "code", self.messages.settings(), rng)
         self.starts = 0
-        self.version = 0
         self._mark = mark
-        self._good = ""
         self._master: subprocess.Popen[bytes] | None = None
-        self.code.mkdir()
-        (self.code / "segue.toml").write_text(self.messages.settings())
-        self.write()
-
-    # -------------------------------------------------------------------------------------------------- the code
-
-    def write(self, prelude: str = "", lifespan: str = "pass", warm: str = "pass") -> None:
-        """Another version of the application, broken if it is told how."""
-        self.version += 1
-        text = CODE.format(prelude=prelude, version=self.version, lifespan=lifespan, warm=warm)
-        if (prelude, lifespan, warm) == ("", "pass", "pass"):
-            self._good = text
-        self._put(text)
-
-    def mend(self) -> None:
-        """The last version that was not broken."""
-        self._put(self._good)
-
-    @property
-    def text(self) -> str:
-        """What lies on the disk."""
-        return (self.code / "shop.py").read_text()
-
-    def put_back(self, text: str) -> None:
-        """What lay there before."""
-        self._good = text
-        self._put(text)
-
-    def _put(self, text: str) -> None:
-        path = self.code / "shop.py"
-        path.with_suffix(".new").write_text(text)
-        path.with_suffix(".new").replace(path)
+        self._stopped: set[int] = set()
+        """Pids of workers that must not be woken: what they hold has been written down."""
+        self._signalling = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ the master
 
@@ -137,6 +78,20 @@ class Instance:
 
     def _launch(self) -> None:
         self.starts += 1
+        with self.output.open("ab") as output:
+            self._master = self._serve(output)
+
+    def start_another(self) -> tuple[int, str]:
+        """The same command a second time; its exit status, and what it says."""
+        process = self._serve(subprocess.PIPE)
+        try:
+            said, _ = process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise ChaosError(f"a second master still runs after {DEADLINE_S:g} s") from None
+        return process.returncode, said.decode()
+
+    def _serve(self, output: IO[bytes] | int) -> subprocess.Popen[bytes]:
         environ = {
             key: value for key, value in os.environ.items() if not key.startswith(("SEGUE_", "LISTEN_"))
         }
@@ -146,23 +101,24 @@ class Instance:
             "PYTHONDONTWRITEBYTECODE": "1",
             "BENCH_START_S": str(_START_S),
             "CHAOS_RECEIVED": str(self.messages.received),
+            "CHAOS_SPOILED": str(self.blame.spoiled),
+            "PWD": str(self.code.current),
             "STATE_DIRECTORY": str(self.directory / "state"),
         }
         environ.pop("NOTIFY_SOCKET", None)
         command = [sys.executable, "-m", "segue.supervisor.cli", "serve", "shop:app"]
         command += ["--runtime-dir", str(self.runtime_dir), "--workers", str(WORKERS), "--no-access-log"]
         command += ["--bind", f"127.0.0.1:{self.blame.port}", "--warm-up", "/warm"]
-        command += ["--ready-timeout", str(READY_TIMEOUT_S), "--heartbeat-timeout", str(HEARTBEAT_TIMEOUT_S)]
-        command += ["--probation", str(PROBATION_S), "--park-for", "20"]
-        with self.output.open("ab") as output:
-            self._master = subprocess.Popen(
-                command,
-                cwd=self.code,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+        command += ["--heartbeat-timeout", str(HEARTBEAT_TIMEOUT_S), "--probation", str(PROBATION_S)]
+        command += ["--park-for", str(PARK_FOR_S)]
+        return subprocess.Popen(
+            command,
+            cwd=self.code.current,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
     @property
     def pid(self) -> int:
@@ -192,15 +148,31 @@ class Instance:
 
     def call(self, method: str, target: str, timeout_s: float = 30.0) -> tuple[int, Any]:
         """A request to the master. Raises `ChaosError` if there is no answer."""
+        response, body = self._request(
+            self.runtime_dir / "default" / "control.sock", method, target, timeout_s
+        )
+        try:
+            return response.status, json.loads(body)
+        except ValueError as error:
+            raise ChaosError(f"{method} {target}: {error!r}") from error
+
+    def probe(self, path: str) -> int:
+        """Ask the application on a worker's private socket; the pid of the process that has answered."""
+        response, _ = self._request(Path(path), "GET", "/ping", 30.0)
+        if response.status != 200:
+            raise ChaosError(f"{path}: {response.status}")
+        return int(response.headers["x-pid"])
+
+    def _request(self, path: Path, method: str, target: str, timeout_s: float) -> tuple[HTTPResponse, bytes]:
         connection = HTTPConnection("localhost", timeout=timeout_s)
         try:
             connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.sock.settimeout(timeout_s)
-            connection.sock.connect(str(self.runtime_dir / "default" / "control.sock"))
+            connection.sock.connect(str(path))
             connection.request(method, target)
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        except (OSError, HTTPException, ValueError) as error:
+            return response, response.read()
+        except (OSError, HTTPException) as error:
             raise ChaosError(f"{method} {target}: {error!r}") from error
         finally:
             connection.close()
@@ -227,20 +199,32 @@ class Instance:
             raise ChaosError(f"{what}: {code} {document}")
         return int(document["id"])
 
-    def outcome(self, operation: int) -> dict[str, Any]:
-        """What became of it, whichever master knows."""
+    def outcome(self, operation: int, until: str = "serving") -> dict[str, Any]:
+        """What became of it, whichever master knows; with `until`, what became of it by then."""
+        return self._follow(operation, f"?wait=5&until={until}", lambda found: reached(found, until))
+
+    def in_phase(self, operation: int, phase: str) -> bool:
+        """Wait until it is in this phase, or has its outcome; whether it is in the phase."""
+        found = self._follow(
+            operation, "", lambda found: found["phase"] == phase or found["outcome"] is not None
+        )
+        return bool(found["outcome"] is None)
+
+    def _follow(
+        self, operation: int, query: str, far_enough: Callable[[dict[str, Any]], bool]
+    ) -> dict[str, Any]:
         deadline = time.monotonic() + DEADLINE_S
         said = ""
         while time.monotonic() < deadline:
             try:
-                code, document = self.call("GET", f"{HOT}/operations/{operation}?wait=5")
+                code, document = self.call("GET", f"{HOT}/operations/{operation}{query}")
             except ChaosError as error:
                 said = str(error)
             else:
                 if code != 200:
                     raise ChaosError(f"operation {operation} is forgotten: {document}")
                 found: dict[str, Any] = document
-                if found["outcome"] is not None:
+                if far_enough(found):
                     return found
                 said = f"it is in phase {found['phase']}"
             time.sleep(_POLL_S)
@@ -267,13 +251,18 @@ class Instance:
 
     def settle(self) -> dict[str, Any]:
         """Wait until all workers of one generation serve and nothing is being changed; a short generation is renewed."""
-        document = self.wait("all workers serve and nothing is being changed", _settled)
-        current = next(each for each in document["generations"] if each["current"])
+        current = self.settle_workers()
         if current["workers_missing"]:
-            self.mend()
+            self.code.mend()
             self.demand("reload")
-            document = self.wait("all workers serve after a reload", _settled)
-        return document
+            current = self.settle_workers()
+        return current
+
+    def settle_workers(self) -> dict[str, Any]:
+        """The same for what serves, as it is; returns its generation."""
+        document = self.wait("all workers serve and nothing is being changed", _settled)
+        found: dict[str, Any] = next(each for each in document["generations"] if each["current"])
+        return found
 
     def workers(self) -> list[dict[str, Any]]:
         """All that have a process, whatever their generation."""
@@ -287,13 +276,15 @@ class Instance:
     # ------------------------------------------------------------------------------------------------ tormenting
 
     def stop_worker(self, pid: int) -> int:
-        """SIGSTOP, and what it holds is written down; returns how many connections. 0 if it has ended already."""
-        try:
-            os.kill(pid, signal.SIGSTOP)
-            wait_stopped(pid)
-            return self.blame.take_down(pid)
-        except (ProcessLookupError, FileNotFoundError):
-            return 0
+        """SIGSTOP, for good, and what it holds is written down; returns how many connections. 0 if it has ended already."""
+        with self._signalling:
+            self._stopped.add(pid)
+            try:
+                os.kill(pid, signal.SIGSTOP)
+                wait_stopped(pid)
+                return self.blame.take_down(pid)
+            except (ProcessLookupError, FileNotFoundError):
+                return 0
 
     def kill_worker(self, pid: int) -> int:
         """SIGKILL; returns how many connections it held."""
@@ -301,6 +292,17 @@ class Instance:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         return count
+
+    def pause(self, pid: int, seconds: float) -> None:
+        """It stands still for so long, unless somebody else stops it for good meanwhile."""
+        self._send(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        self._send(pid, signal.SIGCONT)
+
+    def _send(self, pid: int, number: int) -> None:
+        with self._signalling, contextlib.suppress(ProcessLookupError):
+            if pid not in self._stopped:
+                os.kill(pid, number)
 
     @contextlib.contextmanager
     def exhausted(self, pids: list[int]) -> Any:
