@@ -28,15 +28,19 @@ class Notifier:
     def __init__(self, address: str) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self.full = False
+        """Whether the last message found the receiver's queue full."""
 
     def send(self, fields: Mapping[str, object], fds: Sequence[int] = ()) -> bool:
         """Send ``KEY=value`` lines; False if the receiver is gone or its queue is full."""
+        self.full = False
         text = "\n".join(f"{key}={_one_line(str(value))}" for key, value in fields.items())
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             # not socket.send_fds: before Python 3.13 it drops flags and address
             self._socket.sendmsg([text.encode()], rights, socket.MSG_DONTWAIT, self._address)
-        except OSError:
+        except OSError as error:
+            self.full = isinstance(error, BlockingIOError)
             return False
         return True
 

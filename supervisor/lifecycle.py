@@ -82,7 +82,7 @@ def _worker_event(turn: Turn, event: m.WorkerEvent) -> None:
     if generation is None or worker is None:
         return  # of a process that has already ended
     if not isinstance(event, m.WorkerExited | m.CodeChanged) and not getattr(event, "error", ""):
-        worker.heard, worker.started = turn.now, True
+        worker.heard, worker.doubted, worker.started = turn.now, None, True
     if isinstance(event, m.WorkerExited):
         swaps.died(turn, generation, worker, event.reason)
     WORKER[type(event), worker.state](turn, generation, worker, event)

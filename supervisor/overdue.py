@@ -10,6 +10,9 @@ from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
 PAUSE_GRACE_S = 5.0
 """What is left of a deadline at least after the master stood still, for whatever stood still with it."""
+SECOND_LOOK_S = 1.0
+"""Silence is believed only after so long more. While the master stood still, for less than it would notice, the queue of what
+workers tell it may have been full; who found it so tries again within that time."""
 _WATCHED = frozenset(
     {WorkerState.READY, WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState.QUIET, WorkerState.PARKED}
 )
@@ -27,7 +30,7 @@ def next_deadline(state: State) -> float | None:
         for worker in generation.workers.values():
             times += [worker.deadline, handover.next_deadline(worker)]
             if worker.state in _WATCHED:
-                times.append(worker.heard + generation.limits.heartbeat_timeout)
+                times.append(worker.doubted or worker.heard + generation.limits.heartbeat_timeout)
     return min((time for time in times if time is not None), default=None)
 
 
@@ -54,7 +57,7 @@ def paused(turn: Turn, event: m.Paused) -> None:
             generation.kept_until += shift
         generation.respawn_at = [time + shift for time in generation.respawn_at]
         for worker in generation.workers.values():
-            worker.heard = turn.now
+            worker.heard, worker.doubted = turn.now, None
             if worker.deadline is not None:
                 worker.deadline = max(worker.deadline + shift, turn.now + PAUSE_GRACE_S)
             _shift_services(worker, shift)
@@ -127,6 +130,10 @@ def _worker_late(turn: Turn, generation: m.Generation, worker: m.Worker) -> None
 
 def _check_heartbeat(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
     if worker.heard + generation.limits.heartbeat_timeout > turn.now:
+        return
+    if worker.doubted is None:
+        worker.doubted = turn.now + SECOND_LOOK_S
+    if worker.doubted > turn.now:
         return
     reason = f"its event loop has been silent for {turn.now - worker.heard:.1f} s"
     if worker.state is WorkerState.ACTIVE and turn.serves(generation):

@@ -136,6 +136,8 @@ class Worker(msgspec.Struct):
     """When the state is left by force; None for those that may last."""
     heard: float
     """When it was last heard of."""
+    doubted: float | None = None
+    """So long it is waited for once more after it has been silent for too long: a message may have been lost."""
     phase: str = "boot"
     started: bool = False
     """Whether its process has been heard of: a gated one may not have been started yet."""

@@ -757,6 +757,17 @@ def test_a_worker_that_hangs_after_a_pause_is_noticed_as_soon_as_ever() -> None:
     world.run_until(lambda: world.said["worker-replaced"] == 1, limit=LIMITS.heartbeat_timeout + 1.0)
 
 
+def test_silence_is_believed_only_after_a_second_look() -> None:
+    """What it said may have been lost while the master stood still, for less than that would notice."""
+    world = started()
+    worker = world.serving()[0]
+    world.hang(worker)
+    world.run(LIMITS.heartbeat_timeout + 0.5)
+    world.wake(worker)
+    world.run(LIMITS.heartbeat_timeout)
+    assert not world.said["worker-replaced"]
+
+
 def test_an_idle_instance_has_only_its_heartbeats_to_wait_for() -> None:
     world = started(workers=1)
     world.run(20.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from worker_harness import Bench
 
-from segue.handoff.messages import HOT, RecycleLimits
+from segue.handoff.messages import HOT, RecycleLimits, WorkerMode
+from segue.handoff.notify import Notifier, NotifySocket
+from segue.worker.telling import Telling
 
 APP = """
 import asyncio, os, sys, threading
@@ -731,3 +734,28 @@ def test_connections_of_a_listener_that_goes_away_are_told_and_closed(bench: Ben
     old.wait_for("X_SEGUE_STATE", "drained")
     assert old.status().handed_over == 0
     assert old.stop() == 0
+
+
+def test_a_heartbeat_that_found_no_room_is_repeated_soon(tmp_path: Path) -> None:
+    """A master that stood still would else take a worker for silent whose message was not taken."""
+    receiver = NotifySocket(str(tmp_path / "n"))
+    sender = Notifier(receiver.path)
+    while sender.send({"filler": 1}):
+        pass
+    assert sender.full
+
+    async def tell() -> None:
+        telling = Telling(receiver.path, heartbeat_s=3600.0)
+        telling.mode(WorkerMode.ACTIVE)
+        assert {tuple(each.fields) for each in receiver.receive()} == {("filler",)}
+        readable = asyncio.Event()
+        asyncio.get_running_loop().add_reader(receiver.fileno(), readable.set)
+        async with asyncio.timeout(30):
+            await readable.wait()
+        [told] = receiver.receive()
+        assert told.fields["WATCHDOG"] == "1"
+        telling.close()
+
+    asyncio.run(tell())
+    sender.close()
+    receiver.close()

@@ -18,6 +18,8 @@ _REPEATS = 10
 """So often in a row; then with the heartbeats."""
 _WATCHED_S = 0.2
 """Between two of them while the worker is watched."""
+_FULL_S = 0.25
+"""After the master's queue was full: soon enough for it not to believe in silence once it reads on."""
 _FAILURE_TRIES = 50
 _FAILURE_PAUSE_S = 0.02
 
@@ -108,6 +110,8 @@ class Telling:
         repeats = self._unconfirmed and self._repeated < _REPEATS
         self._repeated += repeats
         interval = min(_REPEAT_S, self._heartbeat_s) if repeats else self._heartbeat_s
+        if self._notifier.full:
+            interval = min(interval, _FULL_S)
         if time.monotonic() < self._watched_until:
             interval = min(interval, _WATCHED_S)
         self._timer = asyncio.get_running_loop().call_later(interval, self._beat)
