@@ -116,8 +116,10 @@ def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
 def stop(instance: Instance, at_once: bool, timeout_s: float | None) -> dict[str, Any]:
     """Stop it and return the operation's last document, once a master that has ended has given name and addresses back.
 
-    One request that waits for the outcome: a second one might find nobody to answer it. Raises `InstanceError`.
+    One request that waits for the outcome, however long that takes: a second one might find nobody to answer it. Raises
+    `InstanceError`, also when the master hangs.
     """
+    get(instance, "/livez")
     owner = instance.locked_by()
     try:
         pidfd = os.pidfd_open(owner.pid) if owner else None
@@ -143,9 +145,13 @@ def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Res
             call(instance.control, method, target, timeout_s=timeout_s, headers={"X-Segue-Asked-By": _who()})
         )
     except CallError as error:
-        if instance.locked_by() is None:
+        owner = instance.locked_by()
+        if owner is None:
             raise InstanceError(f"instance {instance.name!r} has no master ({instance.directory})") from error
-        raise InstanceError(f"the master of instance {instance.name!r} does not answer: {error}") from error
+        raise InstanceError(
+            f"the master of instance {instance.name!r} (pid {owner.pid}) does not answer: {error}; its workers serve on. "
+            f"If it hangs, 'kill -9 {owner.pid}': 'segue serve' then takes them over, 'segue stop' ends them"
+        ) from error
 
 
 def _who() -> str:

@@ -152,6 +152,22 @@ def test_workers_that_lose_their_master_go_on_serving_until_segue_stop(applicati
         assert not any(alive(pid) for pid in pids)
 
 
+def test_a_master_that_hangs_is_named_and_what_to_do_about_it(application) -> None:
+    """Nobody waits for it for ever; and what is said to be done ends everything."""
+    with supervised("shop:app", cwd=application("1")) as master:
+        pid, workers = master.process.pid, master.worker_pids()
+        master.signal(signal.SIGSTOP)
+        for command in ("status", "stop"):
+            done = master.command(command)
+            assert done.returncode == 5
+            assert f"(pid {pid}) does not answer" in done.stderr
+            assert f"kill -9 {pid}" in done.stderr
+        os.kill(pid, signal.SIGKILL)
+        master.process.wait()
+        assert master.command("stop").returncode == 0
+        assert not any(alive(worker) for worker in workers)
+
+
 def test_logging_goes_on_while_the_master_is_stopped_or_gone(application) -> None:
     """Workers that print 1 MB/s depend on no byte that the master would have to read."""
     prelude = """
@@ -206,6 +222,7 @@ def test_a_graceful_stop_finishes_what_was_begun(application, number) -> None:
         client.connection.request("GET", "/work?ms=1000")
         master.wait_status(lambda s: s["generations"][0]["workers"][0]["in_flight"] == 1)
         master.signal(number)
+        master.wait_notified("STOPPING", "1")
         assert client.connection.getresponse().read() == b"1"
         client.close()
         assert master.wait_exit() == 0
