@@ -22,6 +22,8 @@ from segue.supervisor import fingerprint
 _DEADLINE_S = 2.0
 _FILES_COMPARED = 2000
 """An application with more is compared as a whole."""
+_SAID = {"changed": "modified"}
+"""How a kind of difference between files is told to people, if not by its key."""
 _NAMES_SHOWN = 20
 
 
@@ -115,7 +117,7 @@ def compare(old: Code, new: Code, settings: list[str]) -> Changes:
         commits = None
     python = (old.python, new.python) if old.python != new.python else None
     words = [f"git {commits[0][:10]} → {commits[1][:10]}"] if commits else []
-    words += [f"{what}: {_names(names)}" for what, names in files.items() if names]
+    words += [f"{_SAID.get(what, what)}: {_names(names)}" for what, names in files.items() if names]
     if not files and old.content != new.content:
         words.append(f"content {old.content} → {new.content}")
     words += [f"Python {python[0]} → {python[1]}"] if python else []

@@ -82,7 +82,7 @@ def _compare(turn: Turn, probation: m.Probation) -> None:
         found(
             turn,
             generation,
-            f"{share:.0%} of its responses are 5xx; of generation {probation.previous} it were "
+            f"{share:.0%} of its responses are 5xx; generation {probation.previous} had "
             f"{probation.share_before:.0%}, and {allowed:.0%} more are allowed (probation-5xx)",
         )
 

@@ -80,14 +80,17 @@ async def services_of_current(master: Master) -> dict[str, Any]:
 
 def _probation(master: Master) -> dict[str, Any] | None:
     """The watch over the current generation, or over a canary, while there is one."""
-    watch = master.state.probation
-    if watch is None:
+    watch, promote = master.state.probation, master.state.promote
+    until = None if watch is None else watch.until
+    if watch is None and promote is not None:
+        watch, until = promote.watch, promote.until
+    if watch is None or until is None:
         return None
     traffic = master.state.generations[watch.generation].traffic
     return {
         "generation": watch.generation,
         "previous": watch.previous,
-        "until": _wall(watch.until),
+        "until": _wall(until),
         "responses": traffic.responses - watch.since[0],
         "errors": traffic.errors - watch.since[1],
         "breach": watch.breach,

@@ -64,7 +64,8 @@ def _state(generation: dict[str, Any], probation: dict[str, Any] | None) -> str:
     """A generation's, with what there is to know of how long it lasts."""
     notes = ["short"] if generation["workers_missing"] else []
     if probation is not None and probation["generation"] == generation["id"]:
-        notes.append(f"probation, {_left(probation['until'])}")
+        watch = "canary" if generation["state"] == "mixed" else "probation"
+        notes.append(f"{watch}, {_left(probation['until'])}")
     if generation["state"] in {"draining", "parked"} and generation["kept_until"] is not None:
         warm = generation["state"] == "draining" or generation["workers"]
         notes.append(f"{'' if warm else 'cold, '}can be taken back, {_left(generation['kept_until'])}")

@@ -131,7 +131,7 @@ def test_what_differs_is_told_in_words_and_as_data() -> None:
     )
     found = compare(old, new, ["log-level"])
     assert found.summary == (
-        "git aaaaaaaaaa → bbbbbbbbbb; added: new.py; removed: old.py; changed: app.py; Python 3.11.7 → 3.12.0; "
+        "git aaaaaaaaaa → bbbbbbbbbb; added: new.py; removed: old.py; modified: app.py; Python 3.11.7 → 3.12.0; "
         "fastapi 1.0 → 1.1; gone 2 removed; new 3 installed; settings: log-level"
     )
     assert found.commits == ("a" * 40, "b" * 40)
@@ -158,7 +158,7 @@ def test_a_reload_tells_which_code_serves_now_and_what_has_changed(application) 
         application(version="2")
         second = commit(where, "second")
         said = master.reload().stdout
-        assert f"changed: git {first[:10]} → {second[:10]}; changed: shop.py" in said
+        assert f"changed: git {first[:10]} → {second[:10]}; modified: shop.py" in said
         after = told(master)
         assert after["code"]["git"]["commit"] == second
         assert after["changes"]["commits"] == [first, second]

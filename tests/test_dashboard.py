@@ -72,6 +72,7 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, t
         sign_in(page)
         assert "generation 2" in press(page, "[data-action=reload]")
         page.wait("document.querySelector('#generations tbody tr').cells[1].innerText === 'active'")
+        page.wait("document.querySelector('#generations tbody tr').innerText.includes('on probation for')")
         page.wait("document.querySelectorAll('#timeline rect[data-state=active]').length === 2")
 
         application("3", prelude="import redis_that_is_not_there\n")

@@ -207,6 +207,9 @@ def test_a_canary_serves_beside_the_old_generation_and_then_all_do(application) 
 
             status = master.wait_status(mixed)
             assert status["current"] == 1
+            watch = master.wait_status(lambda s: s["probation"])["probation"]
+            assert (watch["generation"], watch["previous"], watch["breach"]) == (2, 1, "")
+            assert 0 < watch["until"] - time.time() <= 3
             new = status["generations"][1]["workers"]
             assert sum(worker["state"] == "active" for worker in new) == 1
             code, document = master.call("GET", f"{HOT}/operations/{document['id']}?wait=60")

@@ -134,9 +134,11 @@ const stateOf = (state, text = state) => ({ sign: [state, text], nodes: () => [m
 function showGenerations(status) {
   const rows = [...status.generations].reverse().map((generation) => {
     const running = generation.workers.filter((worker) => worker.pid != null).length;
+    const watch = status.probation?.generation === generation.id ? status.probation : null;
+    const what = generation.state === "mixed" ? "a canary" : "on probation";
     const note = [
       generation.current ? "current" : "",
-      generation.probation ? `on probation for ${seconds(Math.max(0, generation.probation.until - Date.now() / 1000))} more` : "",
+      watch ? `${what} for ${seconds(Math.max(0, watch.until - Date.now() / 1000))} more` : "",
       generation.workers_missing ? `${generation.workers_missing} held back: the code on disk has changed` : "",
       generation.changes?.summary,
       generation.reason,
