@@ -34,6 +34,7 @@ NAMES = {
     "backend": "the built-in backend: its start, swaps of the model under token streams, reloads of tools under calls",
     "idle": "10,000 idle connections over a reload",
     "deploys": "how fast a deploy is taken back, by hand and by itself",
+    "takeover": "the master is upgraded and killed under load",
     "reloads": "ten reloads under load, as root and unprivileged, with 1 and 2 workers, and uvicorn's",
 }
 BUSY_FOR_S = 1.0

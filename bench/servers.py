@@ -85,13 +85,19 @@ class Server:
     mark: str
     launched: float
     """Monotonic time just before exec."""
-    left_behind: list[int] = field(default_factory=list)
+    launch: Callable[[], subprocess.Popen[bytes]]
+    """Runs its command once more."""
+    left_behind: list[int] = field(default_factory=list, init=False)
     """Once it has ended: processes that it did not take with it."""
 
     @property
     def pid(self) -> int:
         """Of the process that was started: the master, or uvicorn itself."""
         return self.process.pid
+
+    def relaunch(self) -> None:
+        """The same command again, once it has ended."""
+        self.process = self.launch()
 
     def tail(self) -> str:
         """The end of its output."""
@@ -116,8 +122,8 @@ class Server:
 class Segue(Server):
     """An instance of segue."""
 
-    control: str = ""
-    started_dir: Path = Path()
+    control: str = field(kw_only=True)
+    started_dir: Path = field(kw_only=True)
 
     def ask(self, method: str, target: str, timeout_s: float = 30.0, control: str | None = None) -> Any:
         """One request to its control socket, or to a worker's."""
@@ -195,9 +201,9 @@ def segue(
         **(environ or {}),
     }
 
-    def server(process: subprocess.Popen[bytes], log: Path, mark: str, launched: float) -> Segue:
+    def server(*launched: Any) -> Segue:
         control = str(place / "run" / "bench" / "control.sock")
-        return Segue(port, process, log, mark, launched, control=control, started_dir=place / "started")
+        return Segue(port, *launched, control=control, started_dir=place / "started")
 
     return running(bench, interpreter, command, environ, signal.SIGQUIT, server)
 
@@ -231,23 +237,27 @@ def running(
     mark = uuid.uuid4().hex
     path = bench.directory / f"{mark}.log"
     environ = {"PATH": os.environ.get("PATH", os.defpath), MARK: mark, **interpreter.environ, **environ}
-    with path.open("wb") as log:
-        launched = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=directory or bench.directory / "app",
-            env=environ,
-            start_new_session=True,
-            **interpreter.popen_options(),
-        )
-    running = server(process, path, mark, launched)
+
+    def launch() -> subprocess.Popen[bytes]:
+        with path.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=directory or bench.directory / "app",
+                env=environ,
+                start_new_session=True,
+                **interpreter.popen_options(),
+            )
+
+    launched = time.monotonic()
+    running = server(launch(), path, mark, launched, launch)
     try:
         yield running
     finally:
         # uvicorn would wait for open connections as long as they like; its workers are then killed below.
+        process = running.process
         process.send_signal(ending)
         try:
             process.wait(10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -163,10 +162,8 @@ class Code:
 class Running(Server):
     """A contestant while it runs."""
 
-    contestant: Contestant = field(default=None)  # type: ignore[assignment]
-    code: Code = field(default=None)  # type: ignore[assignment]
-    again: Callable[[], subprocess.Popen[bytes]] = field(default=None)  # type: ignore[assignment]
-    """Start the same command once more, beside it."""
+    contestant: Contestant = field(kw_only=True)
+    code: Code = field(kw_only=True)
 
     def reload(self) -> None:
         """All of them take HUP."""
@@ -191,21 +188,8 @@ def serving(bench: Bench, contestant: Contestant, workers: int, start_s: float =
     # other code in the same second, of the same size, must not be taken for what was compiled before
     environ = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": f"{code.directory}:{ROOT}", **contestant.environ}
 
-    def server(process: subprocess.Popen[bytes], log: Path, mark: str, launched: float) -> Running:
-        def again() -> subprocess.Popen[bytes]:
-            environment = {"PATH": os.environ.get("PATH", os.defpath), "BENCH_MARK": mark, **environ}
-            with log.open("ab") as output:
-                return subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    cwd=code.directory,
-                    env=environment,
-                    start_new_session=True,
-                )
-
-        return Running(port, process, log, mark, launched, contestant=contestant, code=code, again=again)
+    def server(*launched: Any) -> Running:
+        return Running(port, *launched, contestant=contestant, code=code)
 
     ending = signal.SIGQUIT if contestant.ours else signal.SIGTERM
     with running(bench, own(), command, environ, ending, server, code.directory) as found:

@@ -282,7 +282,7 @@ def master_killed(bench: Bench, contestant: Contestant) -> Found:
         time.sleep(watch_s)
         serves = version_of(server.port) is not None
         version = server.code.deploy()
-        second = server.again()
+        second = server.launch()
         try:
             time.sleep(watch_s)
             ended = second.poll()
