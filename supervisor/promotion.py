@@ -261,9 +261,9 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
 def _relieve(turn: Turn, promote: m.Promote, previous: m.Generation, generation: m.Generation) -> None:
     """The old one has done its duty, and is kept for a while; not so if it was found to be no good.
 
-    What was warm before cools down: with a reload every second there would be one set of workers for each.
+    What was kept before is let go: with a reload every second there would be one set of workers for each.
     """
-    retirement.let_cool(turn)
+    retirement.keep_no_longer(turn)
     limits = generation.limits
     previous.served_until, previous.ceded = turn.now, 0
     if previous.state is GenerationState.ACTIVE:

@@ -2,7 +2,7 @@
 
 Drained workers stay *warm* until `Generation.warm_until`, and the generation can be promoted again until
 `Generation.kept_until`, with workers that are started anew in the place of those that it has lost. Only the one that
-served last is warm: however often a service is reloaded, the memory of one generation is held beside what serves.
+served last is kept: however often a service is reloaded, there is the memory of one generation beside what serves.
 Its state follows from what is left of it, which `check` looks at after every event; a generation that is being promoted
 is let alone.
 """
@@ -42,11 +42,13 @@ def drained(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
         turn.stop_worker(generation, worker, generation.limits.stop_timeout)
 
 
-def let_cool(turn: Turn) -> None:
-    """Nobody is warm any more, as of now; `check`, at the end of this turn, ends the workers that were."""
+def keep_no_longer(turn: Turn) -> None:
+    """The time of whatever has been kept until now is over; `check`, at the end of this turn, sees to it."""
     for generation in turn.state.generations.values():
         if generation.warm_until is not None:
             generation.warm_until = turn.now
+        if generation.kept_until is not None:
+            generation.kept_until = turn.now
 
 
 def retire(turn: Turn, generation: m.Generation, cause: str) -> None:
