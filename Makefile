@@ -27,11 +27,11 @@ run: $(BIN)/segue
 	@exec $(BIN)/segue serve $(ARGS)
 
 test: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh curl git util-linux systemd dbus procps mosquitto chromium nginx-light haproxy caddy
+	@sh tests/setup.sh curl git jq util-linux systemd dbus procps mosquitto chromium nginx-light haproxy caddy
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh wrk mosquitto
+	@sh tests/setup.sh wrk mosquitto chromium
 	$(BIN)/python -m bench $(ARGS)
 
 # Other servers, in an environment of their own, beside segue: writes docs/comparison.md and its figures.

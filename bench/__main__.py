@@ -1,7 +1,7 @@
 """``python -m bench [NAME…] [--quick] [--runs 5]``: every promised figure of speed and size, and whether it holds.
 
 Exit status: 0 when all hold, 1 when one doesn't, 2 for wrong arguments, 3 when none fails but some could not be
-measured here (the table says why). The result also goes to bench/results/, as JSON.
+measured here (the table says why). The result also goes to bench/results/, as JSON; or to another directory, with --out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ NAMES = {
     "dev": "development mode: from a save to the new code",
     "throughput": "requests/s beside uvicorn (needs wrk)",
     "scrape": "/metrics with 32 workers",
+    "dashboard": "the page in a real browser, and what it costs while it is open (needs chromium and wrk)",
     "services": "leases, and swaps under streams",
     "hsp": "swaps of the agent protocol's connector under load (needs mosquitto)",
     "backend": "the built-in backend: its start, swaps of the model under token streams, reloads of tools under calls",
@@ -85,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which figures (default: all)")
     parser.add_argument("--quick", action="store_true", help="shorter and fewer: to see that it works")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the result goes, as JSON")
     parser.add_argument("--runs", type=int, help="how often; the worst counts (default: 5, with --quick 1)")
     args = parser.parse_args()
     unknown = sorted(set(args.names) - set(NAMES))
@@ -104,9 +106,9 @@ def _write(
     args: argparse.Namespace,
     begun: float,
 ) -> Path:
-    RESULTS.mkdir(exist_ok=True)
+    args.out.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(begun))
-    path = RESULTS / f"{stamp}.json"
+    path: Path = args.out / f"{stamp}.json"
     document: dict[str, Any] = {
         "begun": begun,
         "seconds": round(time.time() - begun, 1),
@@ -119,7 +121,7 @@ def _write(
         "details": details,
     }
     path.write_text(json.dumps(document, indent=1))
-    latest = RESULTS / "latest.json"
+    latest = args.out / "latest.json"
     latest.unlink(missing_ok=True)
     latest.symlink_to(path.name)
     return path

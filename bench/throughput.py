@@ -25,12 +25,13 @@ FIGURES = [
     Figure("segue", "  requests/s of one worker (median)", "", sense=">="),
     Figure("uvicorn", "  beside: requests/s of uvicorn (median)", "", sense=">="),
 ]
+NO_WRK = "wrk is not installed"
 
 
 def measure(bench: Bench) -> Measured:
     """One run: ten times the three."""
-    if shutil.which("wrk") is None:
-        return {figure.key: "wrk is not installed" for figure in FIGURES}
+    if not wrk_is_here():
+        return {figure.key: NO_WRK for figure in FIGURES}
     times, turns = (3, 1) if bench.quick else (10, 2)
     found = []
     for number in range(times):
@@ -68,7 +69,7 @@ class _Seen:
     def load(self, seconds: int) -> None:
         """Put load on it."""
         before = cpu_s(self.pid)
-        rate, requests = _wrk(self.port, seconds)
+        rate, requests = wrk(self.port, seconds)
         self.rates.append(rate)
         self.cpus_s.append((cpu_s(self.pid) - before) / requests)
 
@@ -78,7 +79,7 @@ def _beside(bench: Bench, turns: int, first: int) -> tuple[_Seen, _Seen, _Seen]:
     with segue(bench) as one, segue(bench, options=["--no-request-metrics"]) as bare, uvicorn(bench) as other:
         for server in (one, bare, other):
             server.first_answer()
-            _wrk(server.port, 1)
+            wrk(server.port, 1)
         seen = [_Seen(each.port, each.workers()[0]["pid"]) for each in (one, bare)]
         seen.append(_Seen(other.port, other.pid))
         there = [seen[(first + place) % 3] for place in range(3)]
@@ -87,8 +88,13 @@ def _beside(bench: Bench, turns: int, first: int) -> tuple[_Seen, _Seen, _Seen]:
         return seen[0], seen[1], seen[2]
 
 
-def _wrk(port: int, seconds: int) -> tuple[float, int]:
-    """Requests per second, and how many there were."""
+def wrk_is_here() -> bool:
+    """Whether it is installed."""
+    return shutil.which("wrk") is not None
+
+
+def wrk(port: int, seconds: int) -> tuple[float, int]:
+    """Load of 32 connections on one core: requests per second, and how many there were."""
     command = ["wrk", "-t1", "-c32", f"-d{seconds}s", f"http://127.0.0.1:{port}/ping"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rate = re.search(r"^Requests/sec:\s+([\d.]+)", said, re.M)

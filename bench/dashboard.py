@@ -1,0 +1,161 @@
+"""The dashboard in a real browser: how soon it is painted, and what it costs while it is open.
+
+The page is open as whoever steers has it: signed in, so with the stream of the status and that of the events. The browser
+belongs on another machine: where there are two processors or more, the worker under load has one for itself, and the
+browser, wrk and the master share the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Iterator
+
+from bench.browser import NoBrowserError, Page, chromium
+from bench.figures import Figure, Measured
+from bench.processes import cpu_s
+from bench.servers import Bench, Segue, free_port, segue
+from bench.throughput import NO_WRK, wrk, wrk_is_here
+
+FIGURES = [
+    Figure("paint", "first paint of the page, nothing cached (slowest of ten)", "ms", 300, "<"),
+    Figure("paint-median", "  the same (median)", "ms"),
+    Figure("shown", "  until it shows the workers (median)", "ms"),
+    Figure("idle", "master with the page open, 2 workers: CPU while idle", "% of a core", 1, "<", 2),
+    Figure("closed", "  the same with no page open", "% of a core", digits=2),
+    Figure("loaded", "master with the page open, 2 workers: CPU under load", "% of a core", 1, "<", 2),
+    Figure("ratio", "requests/s of a worker, page open ÷ closed (median of pairs)", "", 0.99, ">=", 3),
+    Figure("cpu", "  CPU per request, open ÷ closed (median of pairs)", digits=3),
+]
+TOKEN = "a-token-of-many-letters-0123456789"
+EMPTY = "about:blank"
+_PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+_SHOWN = "document.querySelectorAll('#workers tbody tr').length > 0 && performance.now()"
+_SETTLED_S = 2.0
+"""After the page was opened or closed: what that takes isn't what it costs while it is open."""
+
+
+def measure(bench: Bench) -> Measured:
+    """One run."""
+    loads = 2 if bench.quick else 10
+    watched_s = 3 if bench.quick else 30
+    found: Measured = {}
+    try:
+        with _browser() as page, _instance(bench, workers=2) as (server, address):
+            found |= _painted(bench, page, address, loads)
+            bench.say(f"dashboard: idle for twice {watched_s} s")
+            page.open(EMPTY)
+            found["closed"] = _busy(server, watched_s)
+            _open(page, address)
+            found["idle"] = _busy(server, watched_s)
+            if wrk_is_here():
+                bench.say(f"dashboard: under load for {watched_s} s")
+                found["loaded"] = _busy(server, watched_s, loaded=True)
+        if wrk_is_here():
+            with _instance(bench, workers=1) as (server, address):
+                worker = server.workers()[0]["pid"]
+                with _apart(worker, server.pid), _browser() as page:
+                    found |= _open_and_closed(bench, page, server, worker, address, loads)
+    except NoBrowserError as error:
+        return {figure.key: str(error) for figure in FIGURES}
+    return {figure.key: found.get(figure.key, NO_WRK) for figure in FIGURES}
+
+
+def _browser() -> contextlib.AbstractContextManager[Page]:
+    return chromium({"PATH": os.environ["PATH"]})
+
+
+@contextlib.contextmanager
+def _instance(bench: Bench, workers: int) -> Iterator[tuple[Segue, str]]:
+    """A running one, and where its page is."""
+    token = bench.directory / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    admin = f"127.0.0.1:{free_port()}"
+    options = ("--admin", admin, "--token-file", str(token))
+    with segue(bench, workers=workers, options=options) as server:
+        server.first_answer()
+        yield server, f"http://{admin}/"
+
+
+def _painted(bench: Bench, page: Page, address: str, times: int) -> Measured:
+    """What the browser itself says of its paints (PerformancePaintTiming)."""
+    page.keep_nothing()
+    painted, shown = [], []
+    for number in range(times):
+        bench.say(f"dashboard: loaded {number + 1} times")
+        page.open(EMPTY)
+        page.open(address)
+        shown.append(float(page.wait(_SHOWN)))
+        painted.append(float(page.wait(_PAINTED)))
+    return {
+        "paint": max(painted),
+        "paint-median": statistics.median(painted),
+        "shown": statistics.median(shown),
+    }
+
+
+def _open(page: Page, address: str) -> None:
+    """The page of somebody who may steer, with both of its streams."""
+    page.open(address)
+    page.wait("document.getElementById('link').textContent === 'live'")
+    if not page.run("document.getElementById('signin').hidden"):
+        page.run("document.getElementById('token').focus()")
+        page.type(TOKEN)
+        page.press_enter()
+    page.wait("document.getElementById('events').children.length > 0")
+
+
+def _busy(server: Segue, seconds: int, loaded: bool = False) -> float:
+    """Per cent of a core that the master uses."""
+    time.sleep(_SETTLED_S)
+    before, begun = cpu_s(server.pid), time.monotonic()
+    if loaded:
+        wrk(server.port, seconds)
+    else:
+        time.sleep(seconds)
+    return 100 * (cpu_s(server.pid) - before) / (time.monotonic() - begun)
+
+
+def _open_and_closed(
+    bench: Bench, page: Page, server: Segue, worker: int, address: str, times: int
+) -> Measured:
+    """Pairs of the same load with the page and without, each second pair the other way round."""
+    seconds = 2 if bench.quick else 4
+    rates, costs = [], []
+    wrk(server.port, 1)
+    for number in range(times):
+        bench.say(f"dashboard: pair {number + 1} of {times}")
+        rate: dict[bool, float] = {}
+        cost: dict[bool, float] = {}
+        for is_open in (True, False) if number % 2 else (False, True):
+            if is_open:
+                _open(page, address)
+            else:
+                page.open(EMPTY)
+            time.sleep(_SETTLED_S)
+            before = cpu_s(worker)
+            rate[is_open], requests = wrk(server.port, seconds)
+            cost[is_open] = (cpu_s(worker) - before) / requests
+        rates.append(rate[True] / rate[False])
+        costs.append(cost[True] / cost[False])
+    bench.details.append({"dashboard": {"rates": rates, "costs": costs}})
+    return {"ratio": statistics.median(rates), "cpu": statistics.median(costs)}
+
+
+@contextlib.contextmanager
+def _apart(worker: int, master: int) -> Iterator[None]:
+    """A processor for the worker alone; the master and what this process starts meanwhile have the others."""
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) < 2:
+        yield
+        return
+    os.sched_setaffinity(worker, processors[:1])
+    for pid in (0, master):
+        os.sched_setaffinity(pid, processors[1:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, processors)
