@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from segue.handoff.messages import NotifyKey
+from segue.handoff.messages import NotifyKey, WorkerSpec
 from segue.handoff.notify import NotifySocket
+from segue.supervisor import reaping, snapshot, spawning
 from segue.supervisor import settings as config
-from segue.supervisor import snapshot, spawning
 from segue.supervisor.instance import Instance
 
 
@@ -47,9 +48,24 @@ async def _try_out(
 ) -> Verdict:
     plain = taken.spec(instance, 1, 1)
     spec = msgspec.structs.replace(plain, check_only=True, import_only=import_only, probe_path=None)
-    relay = spawning.Relay.create()
-    lifeline = spawning.Lifeline.create()
-    notify = NotifySocket(instance.notify)
+    with contextlib.ExitStack() as opened:
+        relay = spawning.Relay.create()
+        opened.callback(relay.close)
+        lifeline = spawning.Lifeline.create()
+        opened.callback(lifeline.close)
+        notify = NotifySocket(instance.notify)
+        opened.callback(notify.close)
+        return await _outcome(taken, spec, relay, lifeline, notify, environ)
+
+
+async def _outcome(
+    taken: snapshot.Snapshot,
+    spec: WorkerSpec,
+    relay: spawning.Relay,
+    lifeline: spawning.Lifeline,
+    notify: NotifySocket,
+    environ: Mapping[str, str],
+) -> Verdict:
     phase, failure = "boot", ""
 
     def read() -> None:
@@ -64,6 +80,7 @@ async def _try_out(
         process = spawning.spawn(taken.python, spec, {}, relay, lifeline, environ)
     except spawning.SpawnError as error:
         return Verdict(ok=False, reason=f"the worker {error}")
+    reaping.leave(process.pid)
     loop.add_reader(notify.fileno(), read)
     loop.add_reader(process.pidfd, ended.set)
     try:
@@ -87,9 +104,7 @@ async def _try_out(
     finally:
         if not ended.is_set():  # whoever asked is gone
             process.kill()
+        reaping.done(process.pid)
         loop.remove_reader(process.pidfd)
         loop.remove_reader(notify.fileno())
         process.close()
-        notify.close()
-        relay.close()
-        lifeline.close()

@@ -228,4 +228,5 @@ def _run(command: list[str]) -> str | None:
         )
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    # it says something; as the first process of a container another part of this one may have learnt how it ended
+    return done.stdout.decode(errors="replace") or None if done.returncode == 0 else None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from segue.supervisor import reaping
 from segue.supervisor.log import Log
 from segue.supervisor.settings import Settings
 from segue.supervisor.watcher import Order, Report
@@ -137,6 +138,7 @@ class _Process:
                 command, cwd=directory, env=dict(environ), stdin=ours, stdout=theirs, start_new_session=True
             )
             process.returncode = 0  # it is ours to wait for, through its pidfd
+            reaping.leave(process.pid)
             self._pid, self._pidfd = process.pid, os.pidfd_open(process.pid)
         except OSError:
             os.close(self._reports)
@@ -174,6 +176,7 @@ class _Process:
         self._loop.remove_reader(self._pidfd)
         self._loop.remove_reader(self._reports)
         _, status = os.waitpid(self._pid, os.WNOHANG)
+        reaping.done(self._pid)
         for fd in (self._pidfd, self._reports, self._life):
             os.close(fd)
         self._ended.set()

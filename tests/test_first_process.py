@@ -120,6 +120,27 @@ def test_how_a_worker_ended_is_known_whoever_else_ends(directory) -> None:
         assert len(re.findall("exited with 0", master.output.text)) >= 2
 
 
+def test_what_the_master_starts_beside_workers_is_left_to_those_who_ask_how_it_ended(directory) -> None:
+    """What tries new code out, and what watches in development mode."""
+    with contained("shop:app", "--reload", "--strategy", "replace", cwd=directory) as (master, pid):
+        master.wait_ready()
+        for number in range(1, 4):
+            master.output.wait_for(r" watching ", count=number)
+            [watcher] = [
+                child
+                for child in psutil.Process(pid).children()
+                if "segue.supervisor.watcher" in child.cmdline()
+            ]
+            watcher.kill()
+            master.output.wait_for(r"not-watching .*\(-9\)", count=number)
+            os.kill(pid, signal.SIGHUP)
+            master.output.wait_for(rf" promoted generation={number + 1} ")
+        assert "Traceback" not in master.output.text
+        assert "refused" not in master.output.text
+        os.kill(pid, signal.SIGTERM)
+        assert master.wait_exit() == 0
+
+
 def test_a_signal_that_comes_before_the_master_listens_is_not_lost(application, tmp_path) -> None:
     """The kernel drops what the first process has no handler for: it is held back instead."""
     gate = tmp_path / "gate"
