@@ -141,6 +141,7 @@ _HSP_MESSAGES = (
     *("received", "handled", "invalid", "duplicates", "handler_errors"),
     *("published", "unacknowledged", "unsent", "dropped"),
 )
+_UNITS = ("seconds", "bytes")
 _SUFFIXES = {"counter": "_total", "info": "_info"}
 
 
@@ -165,13 +166,20 @@ async def scrape(master: Master, accept: str) -> Response:
     return Response(200, encode(page), content_type)
 
 
+def unit_of(name: str) -> str:
+    """The unit of a metric, which its name ends with; empty: it counts things."""
+    return next((unit for unit in _UNITS if name.endswith(f"_{unit}")), "")
+
+
 class _Page:
     """What prometheus-client renders: anything that can be asked to `collect`."""
 
     def __init__(self) -> None:
         from prometheus_client import Metric, ProcessCollector
 
-        self._metrics = {name: Metric(name, each.help, each.kind) for name, each in FAMILIES.items()}
+        self._metrics = {
+            name: Metric(name, each.help, each.kind, unit_of(name)) for name, each in FAMILIES.items()
+        }
         self._process = ProcessCollector(registry=None)
 
     def add(self, name: str, value: float, /, **labels: object) -> None:

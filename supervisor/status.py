@@ -12,7 +12,7 @@ import psutil
 
 from segue import __version__
 from segue.handoff.http import CallError, call
-from segue.handoff.messages import HOT, WorkerMode, WorkerStatus
+from segue.handoff.messages import HOT, LATENCY_BOUNDS_S, WorkerMode, WorkerStatus
 from segue.supervisor.master import Master
 from segue.supervisor.merging import merge
 
@@ -51,6 +51,7 @@ async def status(master: Master) -> dict[str, Any]:
             if generation == state.current and isinstance(answer, WorkerStatus) and answer.mode in _COUNTED
         ),
         "current": state.current,
+        "latency_bounds_s": LATENCY_BOUNDS_S,
         "probation": _probation(master),
         "generations": [_generation(master, number, told) for number in sorted(state.generations)],
         "master": {
@@ -152,6 +153,7 @@ def _worker(
     if isinstance(told, str):
         return document | _UNKNOWN | {"unknown_because": told}
     figures = msgspec.to_builtins(told)
+    document["latency"] = figures["counts"]["latency"]
     return document | {key: value for key, value in figures.items() if key not in _NOT_SHOWN}
 
 

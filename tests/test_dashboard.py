@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from browser import Page, browser
-from scenario import HOT, ROOT, Segue, supervised
+from scenario import HOT, ROOT, Client, Segue, supervised
 
 TOKEN = "a-token-of-many-letters-0123456789"
 
@@ -68,6 +69,10 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, t
         assert [row[0] for row in cells(page, "generations")] == ["1"]
         assert [row[0] for row in cells(page, "workers")] == ["1/1", "1/2"]
         assert [int(row[1]) for row in cells(page, "workers")] == master.worker_pids()
+        with Client(master.port) as client:
+            while not any(row[6].startswith("≤ ") for row in cells(page, "workers")):
+                assert client.get("/")[0] == 200
+            assert any(row[7].startswith("≤ ") and float(row[5]) > 0 for row in cells(page, "workers"))
         assert page.run("document.querySelector('[data-action=reload]').disabled")
         sign_in(page)
         assert "generation 2" in press(page, "[data-action=reload]")
@@ -86,7 +91,7 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, t
         page.wait("document.querySelector('#events')?.textContent.includes('promoted')")
 
         application("1")
-        assert "done" in press(page, "[data-action=scale][data-delta='1']")
+        assert press(page, "[data-action=scale][data-delta='1']") == "Scale to 3: done"
         assert len(master.worker_pids()) == 3
         assert "done" in press(page, "[data-action=drain][data-mode=reject]")
         page.wait("document.getElementById('readiness').textContent === 'draining (reject)'")
@@ -104,6 +109,60 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, t
         assert all(url.startswith((origin, "data:", "about:")) for url in page.requested), page.requested
         assert not [url for url in page.requested if TOKEN in url]
         master.stop()
+
+
+def test_it_is_steered_from_the_keyboard_and_read_by_a_screen_reader(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file), "--probation", "600")
+    with supervised("shop:app", *flags, cwd=application("1")) as master, browser() as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        live(page)
+        focus(page, "document.activeElement.id === 'token'")
+        page.type(TOKEN)
+        page.press_enter()
+        page.wait("!document.querySelector('[data-action=reload]').disabled")
+        focus(page, "document.activeElement.dataset.action === 'reload'")
+        assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        page.press_enter()
+        page.wait("document.querySelector('#outcomes li')?.dataset.tone === 'good'")
+        assert page.run("document.getElementById('outcomes').ariaLive") == "polite"
+        assert page.run("document.activeElement.dataset.action") == "reload", "the focus stays"
+        page.wait("document.querySelector('#generations tbody tr').innerText.includes('on probation for ')")
+        spoken = page.spoken()
+        for role, name in spoken:
+            assert name or role not in {"button", "textbox", "link", "table", "region", "heading", "image"}, (
+                role
+            )
+        assert ("button", "One worker more") in spoken
+        for colours in ("dark", "light"):
+            page.prefer(colours)
+            ground = page.run("getComputedStyle(document.body).backgroundColor")
+            ink = page.run("getComputedStyle(document.body).color")
+            assert contrast(ground, ink) > 7, (colours, ground, ink)
+        master.stop()
+
+
+def focus(page: Page, condition: str) -> None:
+    """Press Tab until that has the focus."""
+    for _ in range(60):
+        if page.run(condition):
+            return
+        page.press_tab()
+    raise AssertionError(f"no Tab leads to {condition}")
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours, as WCAG 2 counts it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        red, green, blue = (
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_master(

@@ -135,6 +135,12 @@ def test_both_formats_say_the_same_and_are_what_is_asked_for(application) -> Non
         }
         key = ("segue_http_responses_total", frozenset({("status", "2xx"), ("origin", "application")}))
         assert plain[key] == strict[key] == 1
+        for name in FAMILIES:
+            unit = re.search("_(seconds|bytes)$", name)
+            assert (f"\n# UNIT {name} " in other) == (unit is not None and f"\n# TYPE {name} " in other), name
+            if unit is not None and f"# TYPE {name} " in other:
+                assert f"\n# UNIT {name} {unit[1]}\n" in other
+        assert "# UNIT segue_http_response_duration_seconds seconds\n" in other
 
 
 def test_every_sample_is_of_a_family_that_is_declared(application) -> None:

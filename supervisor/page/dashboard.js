@@ -6,6 +6,7 @@ const OUTCOMES_KEPT = 8;
 const EVENTS_KEPT = 300;
 const RATE_OVER_MS = 10_000;
 const RETRY_MS = 1_000;
+const DEPLOYS = new Set(["reload", "stage", "promote", "discard", "rollback"]); // what is about a generation
 const TIMELINE = { row: 22, left: 54, right: 8, top: 6, axis: 20 };
 const DRAWN = { booting: "booting", staged: "staged", activating: "staged", active: "active", draining: "draining", parked: "parked", failed: "failed" };
 
@@ -81,12 +82,12 @@ function sample(worker) {
   if (worker.pid == null || worker.requests_total == null) return {};
   const kept = samples.get(worker.pid) ?? [];
   const now = performance.now();
-  kept.push([now, worker.requests_total, worker.counts?.latency ?? []]);
+  kept.push([now, worker.requests_total, worker.latency ?? []]);
   while (kept.length > 2 && now - kept[0][0] > RATE_OVER_MS) kept.shift();
   samples.set(worker.pid, kept);
   const [then, requests, before] = kept[0];
   if (kept.length < 2 || now - then < 500) return {};
-  const latency = (worker.counts?.latency ?? []).map((count, i) => count - (before[i] ?? 0));
+  const latency = (worker.latency ?? []).map((count, i) => count - (before[i] ?? 0));
   return {
     rate: ((worker.requests_total - requests) * 1000) / (now - then),
     p50: quantile(latency, 0.5),
@@ -140,7 +141,7 @@ function showGenerations(status) {
       generation.current ? "current" : "",
       watch ? `${what} for ${seconds(Math.max(0, watch.until - Date.now() / 1000))} more` : "",
       generation.workers_missing ? `${generation.workers_missing} held back: the code on disk has changed` : "",
-      generation.changes?.summary,
+      generation.changes ? `changed: ${generation.changes.summary}` : "",
       generation.reason,
     ].filter(Boolean);
     return {
@@ -355,7 +356,7 @@ async function ask(title, path, query = new URLSearchParams()) {
       document = await answer.json();
     }
     if (!answer.ok) say("bad", `refused: ${document.detail}`, document.operation?.output);
-    else if (document.outcome === "ok") say("good", document.generation ? `done, generation ${document.generation}` : "done");
+    else if (document.outcome === "ok") say("good", DEPLOYS.has(document.kind) ? `done, generation ${document.generation}` : "done");
     else say("bad", `${document.outcome}: ${document.reason}`, document.output);
     if (answer.status === 401) await whoAmI();
   } catch (error) {
