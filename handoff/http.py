@@ -143,6 +143,8 @@ async def serve(sock: socket.socket, handler: Handler, admit: Admit | None = Non
     waiting: dict[asyncio.Task[Any], None] = {}
     served = 0
 
+    tasks: set[asyncio.Task[None]] = set()
+
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal served
         caller = _Caller(reader, writer, waiting)
@@ -158,9 +160,22 @@ async def serve(sock: socket.socket, handler: Handler, admit: Admit | None = Non
             waiting.pop(caller.task, None)
             writer.close()
 
+    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # not left to asyncio, which before Python 3.12 prints a traceback for each connection that its process ends
+        task = asyncio.get_running_loop().create_task(connected(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(_tell_failure)
+
     if sock.family == socket.AF_UNIX:
-        return await asyncio.start_unix_server(connected, sock=sock)
-    return await asyncio.start_server(connected, sock=sock)
+        return await asyncio.start_unix_server(accepted, sock=sock)
+    return await asyncio.start_server(accepted, sock=sock)
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        context = {"message": "a connection was given up", "exception": error}
+        task.get_loop().call_exception_handler(context)
 
 
 _TOO_MANY = f"{MAX_CONNECTIONS} connections are open already"
@@ -195,6 +210,7 @@ class _Caller:
     async def next_request(self, admit: Admit | None) -> Request | None:
         """The next one, whole; None at the end of the connection. Meanwhile it may have to make room."""
         self._waiting[self.task] = None
+        self.task.set_name("idle-connection")
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 return await _read_request(self.reader, self.writer, self.connection, self.peer, admit)

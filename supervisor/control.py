@@ -20,6 +20,7 @@ from segue.supervisor.metrics import scrape
 from segue.supervisor.openapi import Parameter, Route, document
 from segue.supervisor.operations import UNTIL, Operation, reached
 from segue.supervisor.ring import KEPT, NUMBER, read_number
+from segue.supervisor.room import too_many
 from segue.supervisor.status import status
 from segue.supervisor.watching import Watching
 
@@ -337,6 +338,8 @@ class Control:
         if self._followers >= MAX_FOLLOWERS:
             return _too_many_followers()
         headers = (("Cache-Control", "no-store"),)
+        if (task := asyncio.current_task()) is not None:
+            task.set_name("control-watch")  # which has no end that an exiting master could wait for
         return Response(200, b"", EVENT_STREAM, headers, self._follow(self._watching.stream()))
 
     # ------------------------------------------------------------------------------------------------- sessions
@@ -480,7 +483,9 @@ class Control:
         def ask(by: str) -> Operation | Response:
             if self._master.state.changing:
                 return problem(423, "a reload is running; try again when it has ended")
-            return self._master.ask_scale(by, workers)
+            running = [child.process.pid for child in self._master.workers.children.values()]
+            reason = too_many(workers - len(running), running)
+            return problem(409, reason) if reason else self._master.ask_scale(by, workers)
 
         return await self._ask(request, ask)
 

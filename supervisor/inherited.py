@@ -22,6 +22,7 @@ CONTROL = "segue-control"
 NOTIFY = "segue-notify"
 LIFELINE_READ = "segue-lifeline-read"
 LIFELINE_WRITE = "segue-lifeline-write"
+_ADMIN = "segue-admin"
 _LISTENER = "segue-listener"
 _ONLY_ONCE = {
     *(LOCK, EVENTS, CONTROL, NOTIFY),
@@ -32,6 +33,11 @@ _ONLY_ONCE = {
 def listener_name(bind: str, number: int) -> str:
     """What the `number`-th listener of `bind` is called in the store: systemd takes no colon in a name."""
     return f"{_LISTENER}.{number}.{urllib.parse.quote(bind, safe='')}"
+
+
+def admin_name(bind: str, number: int) -> str:
+    """What the `number`-th listener of ``--admin`` is called while a master renews itself."""
+    return f"{_ADMIN}.{number}.{urllib.parse.quote(bind, safe='')}"
 
 
 class Inherited:
@@ -58,6 +64,8 @@ class Inherited:
                     self.useless.add(name)  # which of the two is the right one can't be told
                 else:
                     self._own[name] = fd
+            elif name.startswith(f"{_ADMIN}."):
+                self._own[name] = fd
             elif name.startswith(f"{_LISTENER}."):
                 _, number, bind = name.split(".", 2)
                 bound.append((urllib.parse.unquote(bind), int(number), fd))

@@ -10,7 +10,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from segue.handoff import lines
 
@@ -55,6 +55,15 @@ class Log:
             written = [*self._lines("warning", "lines-lost", {"reason": lost}), *written]
         for line in written:
             self._write(line)
+
+    def mistake(self, _: object, context: Mapping[str, Any]) -> None:
+        """An exception that nobody expected: a handler of the event loop's."""
+        import traceback
+
+        error = context.get("exception")
+        reason = context["message"] + (f": {type(error).__name__}: {error}" if error else "")
+        output = "".join(traceback.format_exception(error)) if error else None
+        self("error", "mistake-in-segue", reason=reason, output=output)
 
     def _lines(self, level: str, event: str, fields: Mapping[str, object]) -> list[str]:
         fields = {key: _rounded(value) for key, value in fields.items() if value is not None}

@@ -262,7 +262,7 @@ class Master:
             self.ask_reload(RESTART)
         else:
             self._ready(f"generation {current} serves; its workers were adopted")
-        self._start_task(self._compare_with_disk(current))
+        self._start_task(self._compare_with_disk(current, self.snapshots[current]))
         self.put(model.TimePassed())
 
     def _ready(self, status: str) -> None:
@@ -290,9 +290,8 @@ class Master:
         self._left, self.exit_status = True, status
         self.changed.set()
 
-    async def _compare_with_disk(self, generation: int) -> None:
+    async def _compare_with_disk(self, generation: int, taken: Snapshot) -> None:
         """An adopted generation goes on as it is; only it is told that something else lies on the disk."""
-        taken = self.snapshots[generation]
         keys = config.differing(taken.settings, self._settings_now)
         if keys:
             self.disk.append(f"the settings differ from those of generation {generation}: {', '.join(keys)}")
@@ -421,10 +420,10 @@ class Master:
     def _compare_with_current(self) -> None:
         """From now on no save is missed; one may have been, since the newest generation was begun."""
         if self.snapshots:
-            self._start_task(self._reload_if_differs(max(self.snapshots)))
+            newest = max(self.snapshots)
+            self._start_task(self._reload_if_differs(newest, self.snapshots[newest]))
 
-    async def _reload_if_differs(self, generation: int) -> None:
-        taken = self.snapshots[generation]
+    async def _reload_if_differs(self, generation: int, taken: Snapshot) -> None:
         with contextlib.suppress(OSError, RuntimeError, MemoryError):
             now = await asyncio.to_thread(taken.fingerprint_now)
             if now != taken.fingerprint and generation == max(self.snapshots, default=0):
@@ -575,7 +574,7 @@ class Master:
                 if (operation := self.operations.get(number)) is not None:
                     self._announce(operation)
             case model.Check(generation):
-                self._start_task(self._check(generation))
+                self._start_task(self._check(generation, self.snapshots[generation]))
             case model.Promoted(generation, previous):
                 self._promoted(generation, previous)
             case model.RolledBack():
@@ -598,10 +597,10 @@ class Master:
         generation = self.state.generations[number]
         return generation.target + (generation.state is model.GenerationState.MIXED)
 
-    async def _check(self, generation: int) -> None:
+    async def _check(self, generation: int, taken: Snapshot) -> None:
         """Before the old generation is ended for it: can the new one's code be imported at all?"""
         try:
-            verdict = await try_out(self.snapshots[generation], self._environ, import_only=True)
+            verdict = await try_out(taken, self._environ, import_only=True)
         except OSError as error:
             verdict = Verdict(ok=False, reason=f"it can't be checked: {error}")
         self.put(model.Checked(generation, verdict.reason, verdict.output))
@@ -628,6 +627,10 @@ class Master:
         except BindError as error:
             self._close_unused()
             self.put(model.PrepareFailed(generation, str(error)))
+            return
+        if generation not in self.state.generations:  # given up while an address was looked up
+            self._listening.opened()
+            self._close_unused()
             return
         workers = self._workers_for(taken)
         self.snapshots[generation] = msgspec.structs.replace(taken, listeners=listeners, workers=workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Coroutine, Mapping, MutableMapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from segue.supervisor import journal, memory
 from segue.supervisor import settings as config
 from segue.supervisor.control import Control
 from segue.supervisor.exits import Status
-from segue.supervisor.inherited import CONTROL, Inherited
+from segue.supervisor.inherited import CONTROL, Inherited, admin_name
 from segue.supervisor.instance import Instance, InstanceError, default_runtime_dir
 from segue.supervisor.log import Log
 from segue.supervisor.master import Master
@@ -21,6 +22,8 @@ from segue.supervisor.mastership import Mastership, take
 from segue.supervisor.setting_table import BY_KEY
 from segue.supervisor.systemd import inherited_fds
 from segue.supervisor.upgrade import TRIAL
+
+_ADMIN_BACKLOG = 64
 
 
 class StartError(Exception):
@@ -113,23 +116,33 @@ async def _run(
     log: Log,
 ) -> int:
     settings, inherited = effective.settings, mastership.inherited
+    asyncio.get_running_loop().set_exception_handler(log.mistake)
     try:
         master = Master(mastership, flags, environ, base_dir, effective, log)
         control = Control(master)
         master.sockets[CONTROL] = await control.listen(inherited.take(CONTROL))
-        inherited.close()
         if refusal:
             master.disk.append(refusal)
     except OSError as error:
         raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
     if settings.admin is not None:
         try:
-            for listener in open_listeners(settings.admin, 64):
-                await control.listen_admin(listener.sock, settings.admin.rpartition(":")[0].strip("[]"))
+            for number, sock in enumerate(_admin_sockets(settings.admin, inherited)):
+                await control.listen_admin(sock, settings.admin.rpartition(":")[0].strip("[]"))
+                master.sockets[admin_name(settings.admin, number)] = sock.fileno()
         except BindError as error:
             control.close()
             raise StartError(f"admin: {error}", Status.USAGE) from error
+    inherited.close()
     try:
         return await master.run()
     finally:
         control.close()
+
+
+def _admin_sockets(bind: str, inherited: Inherited) -> list[socket.socket]:
+    """Those that this process has had since before it began anew, or new ones. Raises `BindError`."""
+    kept: list[socket.socket] = []
+    while (fd := inherited.take(admin_name(bind, len(kept)))) is not None:
+        kept.append(socket.socket(fileno=fd))
+    return kept or [listener.sock for listener in open_listeners(bind, _ADMIN_BACKLOG)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -31,22 +31,36 @@ class Watching:
         self._new = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """As server-sent events, until whoever watches leaves."""
         self._watchers += 1
-        if self._looking is None:
-            self._looking = asyncio.get_running_loop().create_task(self._keep_looking())
-        elif self._shown:
-            yield self._shown
         try:
-            while True:
-                await self._new.wait()
+            if self._looking is None:
+                self._looking = asyncio.get_running_loop().create_task(self._keep_looking())
+                self._looking.add_done_callback(self._on_end)
+            elif self._shown:
                 yield self._shown
+            looking = self._looking
+            while self._looking is looking:
+                await self._new.wait()
+                if self._shown:
+                    yield self._shown
         finally:
             self._watchers -= 1
-            if not self._watchers:
+            if not self._watchers and self._looking is not None:
                 self._looking.cancel()
                 self._looking, self._shown = None, b""
+
+    def _on_end(self, looking: asyncio.Task[None]) -> None:
+        """If it broke, who watches is let go, and comes back to another look: else a page would show what was for ever."""
+        if looking.cancelled() or (error := looking.exception()) is None:
+            return
+        context = {"message": "the status can't be told", "exception": error}
+        looking.get_loop().call_exception_handler(context)
+        if self._looking is looking:
+            self._looking, self._shown = None, b""
+            self._new.set()
+            self._new = asyncio.Event()
 
     async def _keep_looking(self) -> None:
         while True:

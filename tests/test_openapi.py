@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
-from scenario import HOT, ROOT, environment, supervised
+import schemathesis
+from scenario import HOT, ROOT, Segue, environment, supervised
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import negative_data_rejection
 from test_control import TOKEN, free_port, tcp_call
 
 ENDING = ("stop", "upgrade")
@@ -66,16 +74,19 @@ def test_the_description_is_of_what_is_served(application, token_file) -> None:
 @pytest.mark.timeout(300)
 def test_schemathesis_finds_nothing_wrong(application, token_file, tmp_path: Path) -> None:
     port = free_port()
-    configuration = tmp_path / "schemathesis.toml"
+    configuration, description = tmp_path / "schemathesis.toml", tmp_path / "openapi.json"
     configuration.write_text(SCHEMATHESIS)
     arguments = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
     with supervised("shop:app", *arguments, cwd=application("1")) as master:
+        document = master.call("GET", f"{HOT}/openapi.json")[1]
+        description.write_text(json.dumps(document))  # what it has asked for itself, it doesn't try
         done = subprocess.run(
             [
                 Path(sys.executable).parent / "schemathesis",
                 f"--config-file={configuration}",
                 "run",
-                f"http://127.0.0.1:{port}{HOT}/openapi.json",
+                str(description),
+                f"--url=http://127.0.0.1:{port}",
                 f"--header=Authorization: Bearer {TOKEN}",
                 *(f"--exclude-path={HOT}/{name}" for name in ENDING),
                 "--no-color",
@@ -87,11 +98,53 @@ def test_schemathesis_finds_nothing_wrong(application, token_file, tmp_path: Pat
             check=False,
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{master.output.text}"
-        described = master.call("GET", f"{HOT}/openapi.json")[1]["paths"]
-        tried = sum(map(len, described.values())) - len(ENDING) - 1  # nor is the description itself
+        tried = sum(map(len, document["paths"].values())) - len(ENDING)
         assert f"Tested: {tried}\n" in done.stdout, done.stdout
         assert not re.search("workers=([3-9]|[12][0-9])", master.output.text), (
             "more than this machine can bear"
         )
         assert master.call("GET", "/livez")[0] == 200
         master.stop()
+        assert "Traceback" not in master.output.text, master.output.text
+
+
+@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.timeout(300)
+def test_schemathesis_tries_what_ends_the_master(name: str, application, token_file) -> None:
+    """One instance after the other, or one that is renewed again and again."""
+    port, directory = free_port(), application("1")
+    with contextlib.ExitStack() as stack:
+
+        def start() -> Segue:
+            arguments = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+            return stack.enter_context(supervised("shop:app", *arguments, cwd=directory))
+
+        masters = [start()]
+        upgrades = 0
+        document = masters[0].call("GET", f"{HOT}/openapi.json")[1]
+        operation = schemathesis.openapi.from_dict(document)[f"{HOT}/{name}"]["POST"]
+        cases = hypothesis.strategies.one_of(*map(operation.as_strategy, GenerationMode))
+
+        @hypothesis.settings(max_examples=8, derandomize=True, database=None, deadline=None)
+        @hypothesis.given(cases)
+        def tried(case: schemathesis.Case[Any]) -> None:
+            nonlocal upgrades
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            answer = case.call(f"http://127.0.0.1:{port}", headers=headers)
+            if name == "stop" and answer.status_code in {200, 202, 504}:
+                assert masters[-1].wait_exit() == 0
+                masters.append(start())
+            elif answer.status_code == 202:
+                upgrades += 1
+                masters[-1].output.wait_for(" adopted ", count=upgrades)
+            assert answer.status_code < 500 or answer.status_code == 504  # the wait is over
+            # the token that a case has left out is sent, and a parameter that nobody knows is let pass
+            case.validate_response(
+                answer, headers=headers, excluded_checks=[not_a_server_error, negative_data_rejection]
+            )
+
+        tried()
+        assert len(masters) > 2 or upgrades > 2
+        masters[-1].stop()
+        for master in masters:
+            assert "Traceback" not in master.output.text, master.output.text

@@ -1,0 +1,69 @@
+"""Whether there is room for more workers: what one needs for itself, and what memory the machine or the container has left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_GIB = 2**30
+_LOOKED_AT = 3
+"""Of so many processes, which are alike."""
+
+
+def too_many(more: int, pids: Sequence[int]) -> str:
+    """Why `more` workers like those with `pids` can't be started; empty if they can, or if nobody can tell.
+
+    Against a slip of the finger, which would end in the killing of processes: so what they share isn't counted, and what
+    could be swapped out or given back by others isn't looked for.
+    """
+    each = max((own_bytes(pid) for pid in pids[:_LOOKED_AT]), default=0)
+    left = bytes_left()
+    if more <= 0 or more * each <= left:
+        return ""
+    return (
+        f"{more} more workers of about {each / 2**20:.0f} MiB each need {more * each / _GIB:.1f} GiB, "
+        f"and {left / _GIB:.1f} GiB of memory are left"
+    )
+
+
+def own_bytes(pid: int) -> int:
+    """Memory that a process shares with no other; 0 if it can't be told."""
+    try:
+        uss: int = psutil.Process(pid).memory_full_info().uss
+    except psutil.Error:
+        return 0
+    return uss
+
+
+def bytes_left() -> int:
+    """What can still be had without swapping: of the machine, or of a control group with a limit (cgroups(7))."""
+    left: list[int] = [psutil.virtual_memory().available]
+    path = next(
+        (
+            line[3:].lstrip("/")
+            for line in Path("/proc/self/cgroup").read_text().splitlines()
+            if line.startswith("0::")
+        ),
+        "",
+    )
+    group = _CGROUPS / path
+    while group != _CGROUPS.parent:
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+            reclaimable = _field(group / "memory.stat", "inactive_file")
+        except (OSError, ValueError):  # the root has none, or there is no such controller
+            limit, used, reclaimable = "max", 0, 0
+        if limit != "max":
+            left.append(max(0, int(limit) - used + reclaimable))
+        group = group.parent
+    return min(left)
+
+
+def _field(path: Path, name: str) -> int:
+    return next(
+        (int(value) for key, value in map(str.split, path.read_text().splitlines()) if key == name), 0
+    )

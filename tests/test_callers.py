@@ -1,0 +1,197 @@
+"""Whoever follows, waits or only stays connected is in nobody's way: not of a stop, an upgrade, an idle master, a log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from scenario import DEADLINE_S, HOT, ROOT, Segue, supervised
+from test_control import free_port, tcp_call
+
+from segue.supervisor.room import bytes_left, own_bytes, too_many
+from segue.supervisor.watching import Watching
+
+BROKEN = """
+from segue.supervisor.control import Control
+
+async def livez(self, _):
+    raise KeyError("lost")
+
+Control._livez = livez
+"""
+
+
+@contextlib.contextmanager
+def connected(path: str, target: str, **headers: str) -> Iterator[http.client.HTTPResponse]:
+    """A connection that has had the head of an answer, and stays open."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(DEADLINE_S)
+    connection.sock.connect(path)
+    try:
+        connection.request("GET", target, headers=headers)
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def worker_socket(master: Segue) -> str:
+    return str(master.current()["workers"][0]["control"])
+
+
+def test_a_stop_ends_connections_without_a_word_about_them(application) -> None:
+    with (
+        supervised("shop:app", cwd=application("1")) as master,
+        connected(master.control, "/livez") as idle,
+        connected(master.control, f"{HOT}/watch") as watching,
+        connected(master.control, f"{HOT}/events", Accept="text/event-stream"),
+        connected(worker_socket(master), "/livez") as asked,
+    ):
+        assert idle.read()
+        assert asked.read()
+        assert watching.readline() == b"event: status\n"
+        master.stop()
+        assert "Traceback" not in master.output.text, master.output.text
+
+
+def test_a_page_that_is_open_does_not_hold_a_stop_up(application) -> None:
+    """Its stream has no end that could be waited for."""
+    with (
+        supervised("shop:app", cwd=application("1")) as master,
+        connected(master.control, f"{HOT}/watch") as watching,
+    ):
+        assert watching.readline() == b"event: status\n"
+        master.signal(15)
+        master.output.wait_for(" exit status=0")
+        while watching.readline():
+            pass
+        # what follows on the end of the stream takes no more than the interpreter's own end
+        assert master.wait_exit() == 0
+
+
+def test_the_admin_listener_refuses_nobody_while_the_master_renews_itself(application) -> None:
+    """A scrape in that moment waits for the next master."""
+    port = free_port()
+    refused: list[OSError] = []
+    ended = threading.Event()
+
+    def keep_connecting() -> None:
+        while not ended.is_set():
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S).close()
+            except OSError as error:
+                refused.append(error)
+            ended.wait(0.002)
+
+    with supervised("shop:app", "--admin", f"127.0.0.1:{port}", cwd=application("1")) as master:
+        thread = threading.Thread(target=keep_connecting)
+        thread.start()
+        try:
+            for epoch in (2, 3):
+                assert master.command("upgrade").returncode == 0
+                status, _, document = tcp_call(port, "GET", f"{HOT}/status")
+                assert (status, document["master"]["epoch"]) == (200, epoch)
+        finally:
+            ended.set()
+            thread.join()
+        assert not refused
+        master.stop()
+
+
+def test_what_goes_wrong_unexpectedly_is_an_event_of_the_log(application) -> None:
+    """With its traceback, in the form of all others: nothing is printed beside the log."""
+    directory = application("1")
+    (directory / "sitecustomize.py").write_text(BROKEN)
+    env = {"PYTHONPATH": f"{directory}:{ROOT}", "SEGUE_LOG_FORMAT": "json"}
+    with supervised("shop:app", cwd=directory, env=env) as master:
+        status, document = master.call("GET", "/livez")
+        assert (status, document["detail"]) == (500, "a mistake in segue: KeyError; its log says more")
+        [event] = [
+            each
+            for each in master.call("GET", f"{HOT}/events")[1]["events"]
+            if each["event"] == "mistake-in-segue"
+        ]
+        assert event["fields"]["reason"] == "GET /livez failed: KeyError: 'lost'"
+        assert "Traceback" in event["output"]
+        assert all(
+            line.startswith("{")
+            for line in master.output.text.splitlines()
+            if "mistake" in line or "Traceback" in line
+        )
+        master.stop()
+
+
+class Looks:
+    """What is watched: each look is counted."""
+
+    def __init__(self, fail_at: int = 0) -> None:
+        self.count, self.fail_at = 0, fail_at
+        self.event = asyncio.Event()
+
+    async def look(self) -> dict[str, Any]:
+        self.count += 1
+        if self.count == self.fail_at:
+            raise KeyError("lost")
+        return {"look": self.count}
+
+    def happened(self) -> asyncio.Event:
+        return self.event
+
+
+def test_nobody_looks_once_the_last_has_left_whenever_that_is() -> None:
+    async def run() -> None:
+        looks = Looks()
+        watching = Watching(looks.look, looks.happened)
+        first, second = watching.stream(), watching.stream()
+        assert b'{"look":1}' in await anext(first)
+        assert b'{"look":1}' in await anext(second)  # what was shown already
+        await second.aclose()  # leaves before it asks for more
+        await first.aclose()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait(tasks, timeout=DEADLINE_S) if tasks else None
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_a_look_that_fails_ends_the_streams_so_that_pages_come_back() -> None:
+    async def run() -> None:
+        said: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        looks = Looks(fail_at=2)
+        looks.event.set()  # something happens all the time
+        watching = Watching(looks.look, looks.happened)
+        assert [piece async for piece in watching.stream()] == [b'event: status\ndata: {"look":1}\n\n']
+        assert [type(each["exception"]) for each in said] == [KeyError]
+        again = watching.stream()
+        assert b'{"look":3}' in await anext(again)
+        await again.aclose()
+
+    asyncio.run(run())
+
+
+def test_more_workers_than_there_is_memory_for_are_refused_with_the_reason() -> None:
+    pid = os.getpid()
+    assert own_bytes(pid) > 2**20
+    assert bytes_left() > 2**20
+    assert too_many(10**7, [pid]).startswith("10000000 more workers of about ")
+    assert too_many(10**7, [pid]).endswith(" GiB of memory are left")
+    assert too_many(-1, [pid]) == too_many(1, []) == ""
+
+
+def test_a_slip_of_the_finger_starts_nothing(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        status, document = master.call("POST", f"{HOT}/scale?workers=1025")
+        assert (status, "1024" in document["detail"]) == (400, True)
+        if bytes_left() < 1000 * own_bytes(master.worker_pids()[0]):  # a larger machine could bear it
+            done = master.command("scale", "1024")
+            assert done.returncode == 1
+            assert "GiB of memory are left" in done.stderr
+        assert len(master.worker_pids()) == 1
+        master.stop()
