@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from machine import NEW, OLD, USER, Machine, Service, start_machine
+from pages import blocks
 from scenario import Load
 
 UNIT = "segue.service"
@@ -405,3 +406,59 @@ def test_printed_units_are_valid_and_hardened(
         done = machine.run("systemd-analyze", "verify", file)
         assert str(place) not in done.stderr + done.stdout, done.stderr
     machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=20", place / f"{name}.service")
+
+
+SUDO = """#!/bin/sh
+[ "$1" = -u ] || exec "$@"
+user=$2; shift 2
+exec setpriv --reuid="$user" --regid="$user" --init-groups "$@"
+"""
+
+
+def test_a_new_user_gets_through_the_page(machine: Machine, request: pytest.FixtureRequest) -> None:
+    """All of docs/systemd.md, typed in its order on a machine that has nothing of it."""
+    place = machine.place / request.node.name.partition("[")[0]
+    service = Service(machine, place / "shop")
+    service.write("1")
+    here = {
+        # there is no network: pip would put the same two programs there
+        "sudo python3 -m venv /srv/segue/venv": "sudo mkdir -p /srv/segue/venv/bin",
+        "sudo /srv/segue/venv/bin/pip install segue": f"sudo ln -s {machine.segue} /srv/segue/venv/bin/segue",
+        "journalctl -u segue -f": "journalctl -u segue --no-pager",
+        "shop.app:app": "shop.shop:app",
+    }
+
+    def put(path: str, text: str) -> None:
+        machine.run("sh", "-c", f"mkdir -p {os.path.dirname(path)} && cat > {path} <<'END'\n{text}END")
+
+    machine.run("userdel", USER)
+    put("/usr/local/bin/sudo", SUDO)
+    machine.run("chmod", "755", "/usr/local/bin/sudo")
+    try:
+        for block in blocks("systemd"):
+            if block.title is not None:
+                put(block.title, block.text)
+                put(block.title.replace("blue", "green"), block.text.replace("8001", "8002"))
+            script = "\n".join(["set -e", *(command for command, _ in block.commands)])
+            if "releases/2" in script:
+                service.write("2")
+            for said, meant in here.items():
+                script = script.replace(said, meant)
+            machine.run("sh", "-c", script, cwd=place)
+            if "enable --now segue.service" in script:
+                assert service.get() == "1"
+            if "releases/2" in script:
+                assert service.get() == "2"
+            if "enable --now segue.socket" in script:
+                assert machine.show("segue.service", "ActiveState") == {"ActiveState": "inactive"}
+                assert service.get() == "2"
+        for port in (8001, 8002):
+            assert Service(machine, place, port=port).get() == "2"
+    finally:
+        machine.systemctl("stop", "segue.socket", "segue*.service", check=False)
+        machine.systemctl(
+            "disable", "segue.service", "segue.socket", "segue@blue", "segue@green", check=False
+        )
+        machine.run("sh", "-c", "rm -rf /etc/systemd/system/segue* /etc/segue /srv/segue /run/segue*")
+        machine.systemctl("daemon-reload")
+        machine.run("useradd", "--system", "--no-create-home", USER, check=False)  # if it came only so far
