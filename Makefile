@@ -27,7 +27,7 @@ run: $(BIN)/segue
 	@exec $(BIN)/segue serve $(ARGS)
 
 test: $(BIN)/segue $(VENV)/.dev
-	@sh tests/setup.sh curl git jq util-linux systemd dbus procps mosquitto chromium nginx-light haproxy caddy
+	@sh tests/setup.sh curl git jq util-linux systemd dbus procps mosquitto chromium nginx-light haproxy caddy zsh fish
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 bench: $(BIN)/segue $(VENV)/.dev

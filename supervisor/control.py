@@ -484,7 +484,7 @@ class Control:
             if self._master.state.changing:
                 return problem(423, "a reload is running; try again when it has ended")
             running = [child.process.pid for child in self._master.workers.children.values()]
-            reason = too_many(workers - len(running), running)
+            reason = too_many(workers, running)
             return problem(409, reason) if reason else self._master.ask_scale(by, workers)
 
         return await self._ask(request, ask)

@@ -1,27 +1,40 @@
-"""Whether there is room for more workers: what one needs for itself, and what memory the machine or the container has left."""
+"""Whether there is room for so many workers: on the processors, and in the memory that the machine or the container has left."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+PER_PROCESSOR, AT_LEAST = 32, 64
+"""So many workers for each processor, but at least so many, are taken for meant when somebody asks for them at run time."""
 _CGROUPS = Path("/sys/fs/cgroup")
 _GIB = 2**30
 _LOOKED_AT = 3
 """Of so many processes, which are alike."""
 
 
-def too_many(more: int, pids: Sequence[int]) -> str:
-    """Why `more` workers like those with `pids` can't be started; empty if they can, or if nobody can tell.
+def too_many(workers: int, pids: Sequence[int]) -> str:
+    """Why there shall not be `workers`, of which those with `pids` run; empty if there may, or if nobody can tell.
 
-    Against a slip of the finger, which would end in the killing of processes: so what they share isn't counted, and what
-    could be swapped out or given back by others isn't looked for.
+    Against a slip of the finger, with which a machine is busy for minutes, or which ends in the killing of processes. What
+    processes share isn't counted, nor is looked for what could be swapped out or given back by others.
     """
+    more = workers - len(pids)
+    if more <= 0:
+        return ""
+    processors = len(os.sched_getaffinity(0))
+    most = max(AT_LEAST, PER_PROCESSOR * processors)
+    if workers > most:
+        return (
+            f"{workers} workers on {processors} processors would be busy with themselves; up to {most} are taken here, "
+            "more only from the settings, with a reload"
+        )
     each = max((own_bytes(pid) for pid in pids[:_LOOKED_AT]), default=0)
     left = bytes_left()
-    if more <= 0 or more * each <= left:
+    if more * each <= left:
         return ""
     return (
         f"{more} more workers of about {each / 2**20:.0f} MiB each need {more * each / _GIB:.1f} GiB, "

@@ -158,7 +158,8 @@ def top(name: str | None, runtime_dir: str | None, interval: float, once: bool, 
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def completion(shell: str, as_json: bool) -> None:
     """Print what makes SHELL complete commands and options of segue.
 
     \b
@@ -171,7 +172,8 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     root = click.get_current_context().find_root().command
-    click.echo(kind(root, {}, "segue", "_SEGUE_COMPLETE").source())
+    source = kind(root, {}, "segue", "_SEGUE_COMPLETE").source()
+    click.echo(json.dumps({"shell": shell, "source": source}, indent=2) if as_json else source)
 
 
 COMMANDS = (top, events, logs, completion)

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -449,21 +450,44 @@ def test_completion_for_each_shell(shell: str) -> None:
     done = segue("completion", shell)
     assert done.returncode == 0
     assert "_SEGUE_COMPLETE" in done.stdout
+    document = json.loads(segue("completion", shell, "--json").stdout)
+    assert document == {"shell": shell, "source": done.stdout.removesuffix("\n")}
 
 
-def test_completion_completes_in_a_real_bash(tmp_path: Path) -> None:
-    program = tmp_path / "segue"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m segue.supervisor.cli "$@"\n')
-    program.chmod(0o755)
-    env = environment(PYTHONPATH=str(ROOT))
-    env["PATH"] = f"{tmp_path}:{env['PATH']}"
-    script = """
+IN_SHELLS = {
+    "bash": """
         eval "$(segue completion bash)"
         COMP_WORDS=(segue rel) COMP_CWORD=1
         _segue_completion segue
         echo "${COMPREPLY[@]}"
-    """
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=env)
+    """,
+    "zsh": """
+        autoload -U compinit && compinit -u -d "$ZDOTDIR/dump"
+        eval "$(segue completion zsh)"
+        compadd() { print -r -- "${completions[@]}" } # what there is to choose from, outside of the line editor
+        _describe() { print -r -- "${completions_with_descriptions[@]%%:*}" }
+        words=(segue rel) CURRENT=2
+        ${_comps[segue]}
+    """,
+    "fish": """
+        segue completion fish | source
+        complete -C 'segue rel' | string split -f1 \\t
+    """,
+}
+
+
+@pytest.mark.parametrize("shell", IN_SHELLS)
+def test_completion_completes_in_a_real_shell(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    program = tmp_path / "segue"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m segue.supervisor.cli "$@"\n')
+    program.chmod(0o755)
+    env = environment(PYTHONPATH=str(ROOT), HOME=str(tmp_path), ZDOTDIR=str(tmp_path))
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    done = subprocess.run(
+        [shell, "-c", IN_SHELLS[shell]], capture_output=True, text=True, check=True, env=env
+    )
     assert done.stdout.split() == ["reload"], done.stderr
 
 
