@@ -44,7 +44,6 @@ def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
     assert isinstance(event, m.ServicesActivated)
     if worker.services is not ServicesState.ACTIVATING:
         return  # it has been told to give up since
-    worker.services_due = None
     if event.error:
         _failed(turn, generation, worker, event.error)
         return
@@ -57,7 +56,6 @@ def deactivated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m
     assert isinstance(event, m.ServicesDeactivated)
     if worker.services is not ServicesState.DEACTIVATING:
         return
-    worker.services_due = None
     if event.error:
         _failed(turn, generation, worker, event.error)
         return

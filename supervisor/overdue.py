@@ -66,8 +66,6 @@ def paused(turn: Turn, event: m.Paused) -> None:
 def _shift_services(worker: m.Worker, shift: float) -> None:
     if worker.services_retry is not None:
         worker.services_retry += shift
-    if worker.services_due is not None:
-        worker.services_due += shift
     if worker.blocks_until is not None:
         worker.blocks_until += shift
     if worker.swap_due is not None:

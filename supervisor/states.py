@@ -163,8 +163,6 @@ class Worker(msgspec.Struct):
     confirmed that it gave them up, or has died."""
     services_retry: float | None = None
     """When it is told of its services again, since the last time failed."""
-    services_due: float | None = None
-    """When what it was told of its services must have been answered; None: no answer is on its way."""
     blocks_until: float | None = None
     """Until then others wait for its services to cease."""
     swaps_seen: int = 0

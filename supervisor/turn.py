@@ -188,10 +188,8 @@ class Turn:
 
     def _call_services(self, generation: m.Generation, worker: m.Worker, verb: Verb, lead: bool) -> None:
         budget = worker.handover or 0.0
-        timeout = budget + COMMAND_TIMEOUT_S
         worker.services_retry = None
-        worker.services_due = self.now + self._busy_s(worker) + timeout
-        self.command(generation, worker, verb, timeout, budget=budget, lead=lead)
+        self.command(generation, worker, verb, budget + COMMAND_TIMEOUT_S, budget=budget, lead=lead)
 
     def swap(
         self,
@@ -211,8 +209,11 @@ class Turn:
         self.effects.append(m.SwapCommand(*where, query or {}, swap.version, choices or {}, timeout))
 
     def _busy_s(self, worker: m.Worker) -> float:
-        """How long what a worker is told now may have to wait for the answers to what it was told before."""
-        return max(0.0, max(worker.services_due or 0.0, worker.swap_due or 0.0) - self.now)
+        """How long what a worker is told now may have to wait for the answer about a swap.
+
+        What it is told of its services holds nobody up: that is a row of its own.
+        """
+        return max(0.0, (worker.swap_due or 0.0) - self.now)
 
     def terminate(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
         """End a worker that serves nobody: SIGTERM, and SIGKILL if that isn't enough."""

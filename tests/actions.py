@@ -10,7 +10,11 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from simulator import CODES, FAULTS, SETTINGS, WEATHERS, WHO, Process, World
+from simulated_shell import SETTINGS
+from simulated_worker import CODES, FAULTS, WHO, Process
+from simulator import WEATHERS, World
+
+from segue.supervisor.model import Strategy
 
 Argument = int | float | str | bool | None
 Do = Callable[..., None]
@@ -69,6 +73,11 @@ def _save(world: World, behaviour: str) -> None:
 def _deploy_and_reload(world: World, behaviour: str) -> None:
     world.deploy(behaviour)
     world.reload()
+
+
+def _reload_otherwise(world: World, strategy: str | None, canary: int | None, seconds: float | None) -> None:
+    chosen = None if strategy is None else Strategy(strategy)
+    world.reload(strategy=chosen, canary=canary, canary_for=seconds)
 
 
 def _toggle_fault(world: World, fault: str, who: str) -> None:
@@ -143,7 +152,8 @@ def finish(world: World) -> None:
             current = world.state.generations.get(world.state.current or 0)
             if current is None or current.missing or world.releases[current.id][0] != world.code:
                 world.reload()  # what is offered to an operator whose code has changed in place
-                world.run(600.0)  # for a canary, its drain, and what is parked
+                world.rest(600.0)  # for a canary, its drain, and what is parked
+            world.rest(60.0)
             world.check_settled()
     world.end()
 
@@ -158,6 +168,41 @@ def _hang_or_wake(world: World, process: Process) -> None:
     (world.wake if process.hung else world.hang)(process)
 
 
+def _then(world: World, what: str) -> None:
+    name, _, argument = what.partition(" ")
+    if name == "kill":
+        _kill_master(world, float(argument))
+    elif name == "crash" and world.serving():
+        world.crash(world.serving()[0])
+    elif name == "swap":
+        world.swap(name="other")
+    elif name == "drain":
+        world.drain("reject")
+    elif name == "scale":
+        world.scale(3)
+    elif name in {"promote", "rollback", "discard", "reload", "stage"}:
+        getattr(world, name)()
+
+
+def _reload_and_then(world: World, seconds: float, what: str) -> None:
+    """The rest is as the settings say; and a moment later something comes between, or follows."""
+    world.deploy("good")
+    world.reload()
+    world.run(seconds)
+    _then(world, what)
+
+
+def _stage_and_then(world: World, seconds: float, what: str) -> None:
+    world.deploy("good")
+    world.stage()
+    world.run(seconds)
+    _then(world, what)
+
+
+_NEXT: tuple[Argument, ...] = (
+    *("promote", "promote", "rollback", "rollback", "rollback", "discard", "reload", "stage"),
+    *("kill 0.0", "kill 0.3", "crash", "swap", "drain", "scale", "wait"),
+)
 _PICKS: tuple[Argument, ...] = tuple(range(6))
 _GENERATIONS: tuple[Argument, ...] = (None, None, None, 1, 2, 3, 4)
 
@@ -166,6 +211,11 @@ ACTIONS: dict[str, Action] = {
     "reload": Action(5, _nothing, lambda world: world.reload()),
     "deploy_and_reload": Action(4, _one_of("good", "good", "good", *CODES), _deploy_and_reload),
     "save": Action(2, _one_of("good", *CODES), _save),
+    "reload_otherwise": Action(2, _each_of((*Strategy, None), (0, 1, None), (5.0, None)), _reload_otherwise),
+    "reload_and_then": Action(
+        6, _each_of((0.02, 0.5, 1.2, 1.25, 1.3, 1.4, 2.0, 6.0), _NEXT), _reload_and_then
+    ),
+    "stage_and_then": Action(3, _each_of((0.5, 1.4, 2.0, 6.0), _NEXT), _stage_and_then),
     "stage": Action(3, _nothing, lambda world: world.stage()),
     "promote": Action(3, _one_of(*_GENERATIONS), lambda world, generation: world.promote(generation)),
     "discard": Action(2, _one_of(*_GENERATIONS), lambda world, generation: world.discard(generation)),
@@ -177,19 +227,22 @@ ACTIONS: dict[str, Action] = {
     "swap_with_a_fault": Action(2, _each_of(FAULTS, WHO, (0.4, 0.6, 70.0)), _swap_with_a_fault),
     "stop": Action(1, _each_of((False, False, True), (0.0, 4.0), (True, False)), _stop),
     # what is on the disk
-    "deploy": Action(2, _one_of(*CODES), lambda world, behaviour: world.deploy(behaviour)),
+    "deploy": Action(1, _one_of(*CODES), lambda world, behaviour: world.deploy(behaviour)),
     "restore": Action(1, _nothing, _restore),
     "settings": Action(2, _each_of(SETTINGS, (1, 2, 3)), _settings),
     # what goes wrong
     "services_do_wrong": Action(2, _each_of(FAULTS, WHO), _toggle_fault),
     "crash": Action(4, _one_of(*_PICKS), _picked(lambda world, process: world.crash(process))),
     "hang_or_wake": Action(3, _one_of(*_PICKS), _picked(_hang_or_wake)),
+    "connect": Action(
+        4, _each_of((1, 20), _PICKS), lambda world, count, number: world.connect(count, number)
+    ),
     "respond": Action(4, _each_of(_PICKS, (1, 30), (0, 0, 1)), _picked(_respond)),
     "keep_busy": Action(2, _each_of(_PICKS, (0.0, 30.0, 1000.0)), _picked(_work)),
     "wants_recycling": Action(2, _one_of(*_PICKS), _picked(_recycle)),
     "weather": Action(3, _one_of(*WEATHERS), lambda world, name: world.turn(name, name not in world.weather)),
     "repeat_a_message": Action(2, _one_of(*range(30)), _repeat),
-    "calm": Action(4, _nothing, _calm),
+    "calm": Action(7, _nothing, _calm),
     "pause_the_master": Action(1, _one_of(3.0, 40.0), lambda world, seconds: world.pause(seconds)),
     "kill_the_master": Action(3, _one_of(0.0, 0.3, 3.0), _kill_master),
     "the_master_dies_soon": Action(3, _one_of(0, 1, 2, 3, 4), _die_soon),

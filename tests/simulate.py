@@ -8,19 +8,22 @@ lifecycle did about it, and which rule that breaks.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from random import Random
 from typing import NamedTuple
 
 import msgspec
 from actions import Step, draw, finish
-from simulator import CODES, LIMITS, World
+from reached import Reached, table
+from simulated_worker import CODES
+from simulator import LIMITS, World
 
 from segue.supervisor import model as m
 
@@ -28,6 +31,8 @@ STEPS = 60
 """Of a run, before everything is healed and ended."""
 BATCH = 50
 """Runs that a process makes before it reports."""
+TELL_S = 10.0
+"""So often it is said how far it is."""
 LAST_EVENTS = 25
 """How many are told of a run that has failed."""
 
@@ -74,7 +79,7 @@ def plan(seed: str, number: int) -> Run:
     return Run(
         name=f"{seed}/{number}",
         workers=random.randint(1, 3),
-        behaviour=random.choice(("good", "good", "good", *CODES)),
+        behaviour="good" if random.random() < 0.85 else random.choice(CODES),
         services=random.random() < 0.75,
         mortal=random.random() < 0.5,
         limits=msgspec.structs.replace(
@@ -86,16 +91,16 @@ def plan(seed: str, number: int) -> Run:
             canary=random.choice((0, 0, 1, 2)),
             canary_for=random.choice((5.0, 100.0)),
         ),
-        ready=random.random() < 0.7,
+        ready=random.random() < 0.85,
         steps=tuple(draw(random, STEPS)),
     )
 
 
-def execute(run: Run, traced: bool = False, told: set[m.Verb] | None = None) -> tuple[int, Failure | None]:
-    """Let it happen. Returns how many events the lifecycle has seen, and the rule that was broken, if any."""
+def execute(run: Run, traced: bool = False, reached: Reached | None = None) -> tuple[int, Failure | None]:
+    """Let it happen, and count in `reached` what. Returns how many events there were, and the rule that was broken, if any."""
     handover = {} if run.services else {"handover": None}
     world = World(run.workers, run.limits, **handover)
-    world.journals = run.mortal
+    world.journals, world.reached = run.mortal, reached
     if traced:
         world.trace = deque(maxlen=LAST_EVENTS)
     try:
@@ -106,8 +111,6 @@ def execute(run: Run, traced: bool = False, told: set[m.Verb] | None = None) -> 
         for step in run.steps:
             step(world)
         finish(world)
-        if told is not None:
-            told |= {each.verb for each in world.log if isinstance(each, m.Command | m.SwapCommand)}
     except (AssertionError, LookupError, ValueError, TypeError, AttributeError) as error:
         return world.events, Failure(run, _why(error), tuple(world.trace or ()))
     return world.events, None
@@ -149,53 +152,76 @@ def report(failure: Failure) -> str:
     return "\n".join([head, "", str(failure.run), "", failure.why, *trace])
 
 
-def batch(seed: str, first: int, count: int) -> tuple[int, Failure | None]:
-    """Several runs, up to the first that fails."""
-    events = 0
+class Found(NamedTuple):
+    """What came of several runs."""
+
+    events: int
+    runs: int
+    failure: Failure | None
+    reached: Reached | None
+
+
+def batch(seed: str, first: int, count: int, counts: bool) -> Found:
+    """Several runs, up to the first that fails; `counts` what there has been."""
+    events, reached = 0, Reached() if counts else None
     for number in range(first, first + count):
-        seen, failure = execute(plan(seed, number))
+        seen, failure = execute(plan(seed, number), reached=reached)
         events += seen
         if failure is not None:
-            return events, shrink(failure)
-    return events, None
+            return Found(events, number - first + 1, shrink(failure), reached)
+    return Found(events, count, None, reached)
 
 
 def simulate(
-    seed: str, events: int, jobs: int, say: Callable[[str], None] = lambda _: None
-) -> tuple[int, int, Failure | None]:
-    """Runs until the lifecycle has seen so many events, or a rule was broken: events, runs, and the failure."""
+    seed: str,
+    events: int,
+    jobs: int,
+    say: Callable[[str], None] = lambda _: None,
+    reached: Reached | None = None,
+) -> Found:
+    """Runs until the lifecycle has seen so many events, or a rule was broken."""
+    counts = reached is not None
     if jobs == 1:
-        return _simulate_here(seed, events)
-    seen = runs = number = 0
-    told = time.monotonic()
+        return _together(_in_turn(seed, counts), events, say, reached)
     with ProcessPoolExecutor(jobs) as pool:
-        pending: set[Future[tuple[int, Failure | None]]] = set()
-        while seen < events:
-            while len(pending) < jobs * 2:
-                pending.add(pool.submit(batch, seed, number, BATCH))
-                number += BATCH
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                found, failure = future.result()
-                seen, runs = seen + found, runs + BATCH
-                if failure is not None:
-                    pool.shutdown(cancel_futures=True)
-                    return seen, runs, failure
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                say(f"{seen:,} events")
-        pool.shutdown(cancel_futures=True)
-    return seen, runs, None
+        try:
+            return _together(_beside(pool, seed, jobs, counts), events, say, reached)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _simulate_here(seed: str, events: int) -> tuple[int, int, Failure | None]:
+def _together(
+    batches: Iterator[Found], events: int, say: Callable[[str], None], reached: Reached | None
+) -> Found:
     seen = runs = 0
-    while seen < events:
-        found, failure = execute(plan(seed, runs))
-        seen, runs = seen + found, runs + 1
-        if failure is not None:
-            return seen, runs, shrink(failure)
-    return seen, runs, None
+    told = time.monotonic()
+    for found in batches:
+        seen, runs = seen + found.events, runs + found.runs
+        if reached is not None and found.reached is not None:
+            reached.update(found.reached)
+        if found.failure is not None or seen >= events:
+            return Found(seen, runs, found.failure, reached)
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            say(f"{seen:,} events")
+    raise AssertionError("there is always another run")
+
+
+def _in_turn(seed: str, counts: bool) -> Iterator[Found]:
+    for number in itertools.count():
+        yield batch(seed, number, 1, counts)
+
+
+def _beside(pool: ProcessPoolExecutor, seed: str, jobs: int, counts: bool) -> Iterator[Found]:
+    pending: set[Future[Found]] = set()
+    number = 0
+    while True:
+        while len(pending) < jobs * 2:
+            pending.add(pool.submit(batch, seed, number, BATCH, counts))
+            number += BATCH
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
     parser.add_argument("--run", metavar="SEED/NUMBER", help="one run again, with what happened in it")
+    parser.add_argument("--reached", action="store_true", help="print what there has been, and how often")
     given = parser.parse_args(arguments)
     if given.run:
         seed, _, number = given.run.rpartition("/")
@@ -218,11 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = given.seed or f"{time.time_ns():x}"
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
-    seen, runs, failure = simulate(seed, given.events, given.jobs, lambda text: print(text, flush=True))
-    print(f"{seen:,} events in {runs:,} runs, {time.monotonic() - began:.0f} s")
-    if failure is not None:
-        print(report(failure))
-        print(f"\nagain: make simulate ARGS='--run {failure.run.name}'")
+    reached = Reached() if given.reached else None
+    found = simulate(seed, given.events, given.jobs, lambda text: print(text, flush=True), reached)
+    print(f"{found.events:,} events in {found.runs:,} runs, {time.monotonic() - began:.0f} s")
+    if reached is not None:
+        print(table(reached))
+    if found.failure is not None:
+        print(report(found.failure))
+        print(f"\nagain: make simulate ARGS='--run {found.failure.run.name}'")
         return 1
     return 0
 

@@ -16,7 +16,8 @@ from actions import ACTIONS, NAMES, Step, finish
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from simulator import CODES, LIMITS, World
+from simulated_worker import CODES
+from simulator import LIMITS, World
 
 from segue.supervisor import lifecycle
 from segue.supervisor import model as m

@@ -226,7 +226,7 @@ def test_what_was_parked_before_a_service_was_swapped_starts_anew_also_under_the
 
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
-    world._written = {}
+    world.shell.written = {}
     world.kill_master()
     world.run(5.0)
     assert list(world.state.generations) == [2]
@@ -246,7 +246,7 @@ def test_a_parked_generation_does_not_stay_for_ever_when_nothing_is_left_of_the_
     """Nobody accepts: the code on the disk is started, and what was parked ends."""
     world = reloaded(park_for=1000.0)
     for process in world.of(2):
-        world._at(0.5, functools.partial(world.crash, process))
+        world.at(0.5, functools.partial(world.crash, process))
     world.kill_master(downtime=1.0)
     assert world.state.current is None
     world.run(20.0)

@@ -264,7 +264,7 @@ def test_a_draining_worker_is_ended_at_its_deadline() -> None:
     world.reload()
     world.run_until(lambda: len(world.promoted) == 2)
     promoted = world.now
-    old.hung = True  # it does not even cut by itself
+    world.hang(old)  # it does not even cut by itself
     world.run_until(lambda: not old.alive)
     assert world.now - promoted <= LIMITS.drain_timeout + 4 * turn.SLACK_S
 

@@ -5,23 +5,33 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from reached import Reached, cells
 from simulate import STEPS, execute, plan, report, simulate
 
 from segue.supervisor import lifecycle, promotion, staffing
 from segue.supervisor import model as m
-from segue.supervisor.model import Verb, WorkerState
+from segue.supervisor.model import Outcome, PromotePhase, Strategy, Verb, WorkerState
 from segue.supervisor.turn import Turn
 
+COUNTED_APART = {m.Command, m.SwapCommand, m.Settle, m.ProbationEnded, m.Exit}
+PHASES = (
+    (Strategy.SURGE, PromotePhase.CANARY),
+    (Strategy.SURGE, PromotePhase.ACTIVATE),
+    (Strategy.ROLLING, PromotePhase.ROLLING),
+    (Strategy.REPLACE, PromotePhase.CLEAR),
+    (Strategy.REPLACE, PromotePhase.ACTIVATE),
+)
 SHARE = 30_000
 """Events."""
 
 
 def test_no_rule_is_broken_in_a_share_of_the_simulation() -> None:
-    _, _, failure = simulate("the share of the tests", SHARE, jobs=1)
+    failure = simulate("the share of the tests", SHARE, jobs=1).failure
     assert failure is None, report(failure)
 
 
@@ -76,17 +86,31 @@ def test_a_rule_that_is_broken_on_purpose_is_found_and_told_in_few_steps(
     breach: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breach(monkeypatch)
-    _, _, failure = simulate("the share of the tests", SHARE, jobs=1)
+    failure = simulate("the share of the tests", SHARE, jobs=1).failure
     assert failure is not None
     assert len(failure.run.steps) <= STEPS // 4, "it is cut down to what matters"
     assert failure.trace
     assert failure.run.name in report(failure)
 
 
-def test_every_verb_is_told_to_some_worker() -> None:
+def test_everything_happens_in_a_share_of_the_simulation() -> None:
     """A simulation in which something never happens shows nothing about it."""
-    told: set[Verb] = set()
-    for number in range(60):
-        _, failure = execute(plan("coverage", number), told=told)
-        assert failure is None, report(failure)
-    assert told == set(Verb)
+    reached = Reached()
+    failure = simulate("everything", SHARE, jobs=1, reached=reached).failure
+    assert failure is None, report(failure)
+    asked = {
+        f"{what}Asked" for what in ("Reload", "Stage", "Promote", "Discard", "Rollback", "Swap", "Drain")
+    }
+    wanted = {
+        *(("event", event.__name__) for event in typing.get_args(m.Event) if event is not m.WorkerEvent),
+        *(("event", event.__name__) for event in m.WorkerEvent.__subclasses__()),
+        *(("effect", effect.__name__) for effect in typing.get_args(m.Effect) if effect not in COUNTED_APART),
+        *(("told", verb) for verb in Verb),
+        *(("answer", kind, outcome) for kind in asked for outcome in ("ok", "refused")),
+        *(("promote", "reload", strategy, phase) for strategy, phase in PHASES),
+        *(("probation", outcome) for outcome in (Outcome.PASSED, Outcome.ROLLED_BACK, Outcome.SUPERSEDED)),
+        *(("exit", status) for status in ("0", "1", "3")),
+    }
+    assert not wanted - reached.keys()
+    missed = cells() - {key[1:] for key in reached if key[0] == "cell"}
+    assert len(missed) < len(cells()) / 2, f"of the table this was not reached: {sorted(missed)}"
