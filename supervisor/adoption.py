@@ -198,6 +198,8 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
         worker.services = ServicesState.ACTIVE if told.services_active else ServicesState.IDLE
         worker.drain_mode = told.operator_drain
         return worker
+    if known.numbers.swaps:
+        worker.swaps_seen -= 1  # nobody knows what it has of what was decided
     written = known.generations.get(number)
     process = written.processes.get(key) if written is not None else None
     if process is not None and process.handover is not None and not found.booting:

@@ -224,6 +224,22 @@ def test_what_was_parked_before_a_service_was_swapped_starts_anew_also_under_the
     assert [process.versions for process in world.serving()] == [{"model": 2}] * 2
 
 
+def test_what_did_not_say_which_services_it_has_is_not_gone_back_to_as_it_is() -> None:
+    world = recorded(workers=1, park_for=100.0)
+    [old] = world.live()
+    old.work_s = 5.0
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    assert answered(world, world.swap(name="other")).ok
+    world.hang(old)
+    world.kill_master()
+    world.wake(old)
+    world.restore(1)
+    assert answered(world, world.rollback(1)).ok
+    assert not old.accepts
+    assert [process.versions for process in world.serving()] == [{"model": 2}]
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}
