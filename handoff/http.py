@@ -155,6 +155,8 @@ async def serve(sock: socket.socket, handler: Handler, admit: Admit | None = Non
                     await caller.refuse(problem(503, _TOO_MANY))
                 else:
                     await _serve_connection(caller, handler, admit)
+        except asyncio.CancelledError:
+            pass  # the loop ends, and nobody waits for this task: asyncio's streams would only log it as a mistake
         finally:
             served -= 1
             waiting.pop(caller.task, None)

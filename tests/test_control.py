@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -9,9 +10,13 @@ import socket
 import stat
 import subprocess
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from scenario import HOT, Client, segue, supervised, unix_call
+
+from segue.handoff import http as control_http
 
 TOKEN = "a-token-of-many-letters-0123456789"
 
@@ -307,3 +312,24 @@ def test_every_command_documents_its_exit_statuses() -> None:
         done = segue(*command, "--help")
         assert done.returncode == 0
         assert "Exit status" in done.stdout, command
+
+
+def test_a_connection_that_is_open_when_a_process_ends_is_no_mistake(tmp_path: Path) -> None:
+    """A worker that ends while somebody is connected to it says nothing of that in its log."""
+    mistakes: list[dict[str, Any]] = []
+
+    async def serve_and_end(client: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: mistakes.append(context))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "s"))
+        server = await control_http.serve(listener, control_http.Router({}))
+        client.connect(str(tmp_path / "s"))
+        await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await loop.sock_recv(client, 1000)).startswith(b"HTTP/1.1 404")
+        server.close()
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        asyncio.run(serve_and_end(client))
+    assert mistakes == []
