@@ -8,7 +8,7 @@ import time
 
 from bench.figures import Figure, Measured
 from bench.servers import Bench, ServerError, segue
-from segue.handoff.http import call
+from segue.handoff.http_client import call
 
 WORKERS = 32
 SCRAPES = 50

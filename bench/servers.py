@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from bench.processes import MARK, kill_marked
 from bench.users import ROOT, Interpreter, NoInterpreterError, own, unprivileged
-from segue.handoff.http import CallError, call
+from segue.handoff.http_client import CallError, call
 from segue.handoff.messages import HOT
 
 START_TIMEOUT_S = 60.0

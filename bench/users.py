@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _MINOR = f"python{sys.version_info.major}.{sys.version_info.minor}"
-_TRY = "import segue.supervisor.cli, segue.handoff.http, uvicorn, uvloop, httptools, msgspec"
+_TRY = "import segue.supervisor.cli, segue.handoff.http_client, uvicorn, uvloop, httptools, msgspec"
 _ROOMS = ("segue", "supervisor", "worker", "handoff")
 _NOT_COPIED = shutil.ignore_patterns(
     "__pycache__", "mypy*", "ruff*", "hypothesis*", "pip*", "test", "tests", "idlelib"

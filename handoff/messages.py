@@ -21,6 +21,10 @@ EPOCH_HEADER = "X-Segue-Epoch"
 one that is lower than the highest that it knows, with `EPOCH_MEMBER` in its problem document."""
 EPOCH_MEMBER = "epoch"
 
+DRAIN_MODES = ("reject", "queue")
+"""What may become of new work in an operator's drain: refused, or held until it ends."""
+MAX_WORKERS = 1024
+"""How many an instance can be asked to run."""
 
 LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets in which a worker counts how long responses took."""

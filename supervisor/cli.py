@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from segue import __version__
-from segue.handoff.messages import HOT
+from segue.handoff.messages import DRAIN_MODES, HOT, MAX_WORKERS
 from segue.supervisor import deploying, exits, reaping, views
 from segue.supervisor.commanding import ask, change, conclude, echo_output, fail, find, instance_options
 from segue.supervisor.exits import Status
@@ -19,7 +19,6 @@ from segue.supervisor.options import ServeCommand, serve_options
 from segue.supervisor.terminal import Progress, echo
 
 _STOP_BUDGET_S = 30.0
-MAX_WORKERS = 1024
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -174,7 +173,7 @@ def drain() -> None:
 
 @drain.command("start", epilog=exits.EPILOG)
 @instance_options
-@click.option("--mode", type=click.Choice(["reject", "queue"]), default="reject", show_default=True)
+@click.option("--mode", type=click.Choice(DRAIN_MODES), default=DRAIN_MODES[0], show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
 def drain_start(name: str | None, runtime_dir: str | None, mode: str, as_json: bool) -> None:
     """Begin it in every worker, and in those to come."""

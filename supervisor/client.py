@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from segue.handoff.http import CallError, Response, call
+from segue.handoff.http import Response
+from segue.handoff.http_client import CallError, call
 from segue.handoff.messages import HOT
 from segue.supervisor.instance import Instance, InstanceError
 from segue.supervisor.operations import reached

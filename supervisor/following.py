@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from segue.handoff.http import CallError, follow
+from segue.handoff.http_client import CallError, follow
 from segue.handoff.messages import HOT
 from segue.supervisor.instance import Instance, InstanceError
 

@@ -18,7 +18,7 @@ import msgspec
 
 from segue import __version__
 from segue.handoff.http import Response
-from segue.handoff.messages import LATENCY_BOUNDS_S, Counts, Figures
+from segue.handoff.messages import DRAIN_MODES, LATENCY_BOUNDS_S, Counts, Figures
 from segue.supervisor.status import services_of_current
 from segue.supervisor.totals import CAUSES, RELOAD_BOUNDS_S, Followed, Written
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from segue.supervisor.master import Master
 
-DRAIN_MODES = ("reject", "queue")
 _STALE_S = 1.0
 """Figures older than this are of a worker whose event loop doesn't turn."""
 
@@ -220,7 +219,7 @@ def _instance(page: _Page, master: Master) -> None:
 def _generations(page: _Page, master: Master) -> None:
     now = time.monotonic()
     for number, generation in master.state.generations.items():
-        taken = master.snapshots.get(number)
+        taken = master.snapshots.by_generation.get(number)
         page.add(
             "segue_generation_info",
             1,

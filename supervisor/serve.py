@@ -122,7 +122,7 @@ async def _run(
         control = Control(master)
         master.sockets[CONTROL] = await control.listen(inherited.take(CONTROL))
         if refusal:
-            master.disk.append(refusal)
+            master.codes.differs_on_disk.append(refusal)
     except OSError as error:
         raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
     if settings.admin is not None:

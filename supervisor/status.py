@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from segue import __version__
-from segue.handoff.http import CallError, call
+from segue.handoff.http_client import CallError, call
 from segue.handoff.messages import HOT, LATENCY_BOUNDS_S, WorkerMode, WorkerStatus
 from segue.supervisor.master import Master
 from segue.supervisor.merging import merge
@@ -57,7 +57,7 @@ async def status(master: Master) -> dict[str, Any]:
         "master": {
             "pid": os.getpid(),
             "epoch": master.epoch,
-            "differs_on_disk": master.disk,
+            "differs_on_disk": master.codes.differs_on_disk,
             "started": master.started,
             "version": __version__,
             "rss_bytes": process.memory_info().rss,
@@ -100,10 +100,10 @@ def _probation(master: Master) -> dict[str, Any] | None:
 
 def listeners(master: Master) -> list[dict[str, Any]]:
     """The public addresses of the current generation."""
-    taken = master.snapshots.get(master.state.current or 0)
-    if taken is None:
-        return []
-    return [msgspec.to_builtins(listener.info) | {"bind": listener.bind} for listener in taken.listeners]
+    return [
+        msgspec.to_builtins(listener.info) | {"bind": listener.bind}
+        for listener in master.snapshots.listeners
+    ]
 
 
 async def _ask(path: str) -> WorkerStatus | str:
@@ -118,15 +118,15 @@ def _generation(
     master: Master, number: int, told: dict[tuple[int, int], WorkerStatus | str]
 ) -> dict[str, Any]:
     generation = master.state.generations[number]
-    taken = master.snapshots.get(number)
+    taken = master.snapshots.by_generation.get(number)
     return {
         "id": number,
         "state": generation.state,
         "current": number == master.state.current,
         "since": _wall(generation.since),
         "fingerprint": taken.fingerprint if taken else None,
-        "code": code.document() if (code := master.codes.get(number)) else None,
-        "changes": master.changes.get(number),
+        "code": code.document() if (code := master.codes.by_generation.get(number)) else None,
+        "changes": master.codes.changes.get(number),
         "app_dir": taken.app_dir if taken else None,
         "workers_wanted": generation.target,
         "workers_missing": generation.missing,

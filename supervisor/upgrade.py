@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from segue.supervisor import reaping
+from segue.supervisor.model import State
 from segue.supervisor.systemd import pass_fds
 
 TRIAL = "SEGUE_TRIAL"
@@ -31,6 +32,19 @@ _MAX_REASON_BYTES = 4096
 def command() -> list[str]:
     """What this process was started with."""
     return [sys.executable, *sys.orig_argv[1:]]
+
+
+def obstacle(state: State) -> str:
+    """Why this is not the moment for an upgrade; empty if it is."""
+    if state.stopping is not None:
+        return "segue is stopping"
+    if state.changing or state.queued or state.current is None:
+        return "a reload is running; try again when it has ended"
+    if state.swap is not None or state.swaps_queued:
+        return "a service is being swapped; try again when that has ended"
+    if state.scaling is not None or state.scale_queued is not None or state.drain_change is not None:
+        return "the number of workers or the drain is being changed; try again when that has ended"
+    return ""
 
 
 async def try_out(environ: Mapping[str, str], directory: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from segue.handoff.http import CallError, Response, call
+from segue.handoff.http import Response
+from segue.handoff.http_client import CallError, call
 from segue.handoff.messages import EPOCH_HEADER, EPOCH_MEMBER, HOT, NotifyKey, SwapOrder, WorkerMode
 from segue.handoff.notify import Notification, NotifySocket
 from segue.supervisor import model, reaping, spawning

@@ -21,10 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario import HOT, ROOT, Segue, environment, made_directory, segue, supervised
 
-from segue.handoff import adoption, relay
-from segue.handoff import http as control_http
+from segue.handoff import adoption, http_server, relay
 from segue.handoff.browser import misdirected
-from segue.handoff.http import Request
+from segue.handoff.http import Request, Response, json_response
 from segue.handoff.notify import NotifySocket
 
 TOKEN = "a-token-of-many-letters-0123456789"
@@ -179,13 +178,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Segue]:
 def test_idle_connections_keep_nobody_out_and_the_oldest_makes_room(running: Segue) -> None:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(dial(running.control))
-        for _ in range(control_http.MAX_CONNECTIONS + 20):
+        for _ in range(http_server.MAX_CONNECTIONS + 20):
             stack.enter_context(dial(running.control))
         assert call(running.control, "GET", "/livez")[0] == 200
         with contextlib.closing(http.client.HTTPResponse(first)) as answer:
             answer.begin()
             assert answer.status == 503
-            assert str(control_http.MAX_CONNECTIONS) in json.loads(answer.read())["detail"]
+            assert str(http_server.MAX_CONNECTIONS) in json.loads(answer.read())["detail"]
     assert running.wait_status(lambda document: document["ready"])
 
 
@@ -211,10 +210,10 @@ def test_a_request_that_does_not_come_whole_is_given_up(tmp_path: Path) -> None:
         sock.listen()
         sock.setblocking(False)
 
-        async def handler(_: Request) -> control_http.Response:
-            return control_http.json_response({})
+        async def handler(_: Request) -> Response:
+            return json_response({})
 
-        server = await control_http.serve(sock, handler)
+        server = await http_server.serve(sock, handler)
         answers = []
         for sent in (b"GET / HTTP/1.1\r\nHos", b""):
             reader, writer = await asyncio.open_unix_connection(path)
@@ -225,7 +224,7 @@ def test_a_request_that_does_not_come_whole_is_given_up(tmp_path: Path) -> None:
         return answers[0], answers[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(control_http, "READ_TIMEOUT_S", 0.2)
+        patch.setattr(http_server, "READ_TIMEOUT_S", 0.2)
         slow, silent = asyncio.run(scenario())
     assert slow.startswith(b"HTTP/1.1 408")
     assert silent == b""

@@ -8,13 +8,12 @@ from typing import Protocol
 
 from segue.handoff.browser import foreign
 from segue.handoff.http import Handler, Request, Response, Router, json_response, problem
-from segue.handoff.messages import EPOCH_HEADER, HOT, WorkerMode, WorkerStatus
+from segue.handoff.messages import DRAIN_MODES, EPOCH_HEADER, HOT, WorkerMode, WorkerStatus
 from segue.worker.adoption import Adoption
 from segue.worker.services.endpoints import PHASES, phase, reload
 from segue.worker.services.hosted import Hosted
 
 _OF_THE_MASTER = ("reload", "stage", "promote", "discard", "rollback", "scale", "upgrade")
-OPERATOR_MODES = ("reject", "queue")
 HANDOVER = "handover"
 _MAX_TIMEOUT_S = 366 * 86400.0
 _LEAVING = frozenset({WorkerMode.QUIET, WorkerMode.DRAINING, WorkerMode.DRAINED, WorkerMode.PARKED})
@@ -90,10 +89,10 @@ def handler(worker: Commands) -> Handler:
 
     async def drain_start(request: Request) -> Response:
         mode = request.query.get("mode", "")
-        if mode in OPERATOR_MODES:
+        if mode in DRAIN_MODES:
             worker.operator_drain = mode
         elif mode != HANDOVER:
-            known = (HANDOVER, *OPERATOR_MODES)
+            known = (HANDOVER, *DRAIN_MODES)
             return problem(400, f"drain takes ?mode={' or '.join(known)}, not {mode!r}", known=known)
         elif request.query.get("send", "1") == "0":
             worker.quiet()

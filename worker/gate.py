@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+from segue.handoff.messages import DRAIN_MODES
 from segue.worker.reject import CLIENT_LEFT, Refusal, RejectIfDraining
 
 QUEUE_LIMIT = 1000
 QUEUE_TIMEOUT_S = 30.0
-MODES = ("reject", "queue")
 
 _REJECTED = Refusal("the service is draining; try again later")
 _SHUT = Refusal("the service is stopping; try again later")
@@ -73,8 +73,8 @@ class Gate:
 
     def set_mode(self, mode: str | None) -> None:
         """Begin, change or (None) end a drain; those that wait get their answer. Raises ValueError for other modes."""
-        if mode is not None and mode not in MODES:
-            raise ValueError(f"a drain's mode is {' or '.join(MODES)}, not {mode!r}")
+        if mode is not None and mode not in DRAIN_MODES:
+            raise ValueError(f"a drain's mode is {' or '.join(DRAIN_MODES)}, not {mode!r}")
         self.mode = mode
         self._changed()
 

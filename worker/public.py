@@ -11,7 +11,8 @@ import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from segue.handoff.http import CallError, Response, call, json_response, problem
+from segue.handoff.http import Response, json_response, problem
+from segue.handoff.http_client import CallError, call
 from segue.handoff.messages import HOT
 from segue.worker.responses import mark_own
 

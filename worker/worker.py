@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import uvicorn
 
 from segue.handoff import descriptors
-from segue.handoff.http import serve
+from segue.handoff.http_server import serve
 from segue.handoff.messages import FdName, Figures, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
 from segue.worker import public, usage
 from segue.worker.access import AccessLog

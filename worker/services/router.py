@@ -11,7 +11,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 from segue.handoff.http import Request, Response, Router, json_response, problem
-from segue.handoff.messages import HOT
+from segue.handoff.messages import DRAIN_MODES, HOT
 from segue.worker import public
 from segue.worker.gate import gate
 from segue.worker.services import endpoints
@@ -87,9 +87,10 @@ class HotRouter:
         return await endpoints.reload(None if running is None else running[1], request.query["*"], query)
 
     async def _drain_start(self, request: Request) -> Response:
-        mode = request.query.get("mode", "reject")
-        if mode not in {"reject", "queue"}:
-            return problem(400, f"drain takes ?mode=reject or queue, not {mode!r}", known=["reject", "queue"])
+        mode = request.query.get("mode", DRAIN_MODES[0])
+        if mode not in DRAIN_MODES:
+            why = f"drain takes ?mode={' or '.join(DRAIN_MODES)}, not {mode!r}"
+            return problem(400, why, known=DRAIN_MODES)
         gate.set_mode(mode)
         return json_response({"draining": True, "drain_mode": mode})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from segue.handoff.http import CallError, call
+from segue.handoff.http_client import CallError, call
 from segue.handoff.messages import HOT
 from segue.worker.services import host
 
