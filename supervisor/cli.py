@@ -82,13 +82,14 @@ def unit(
     socket: bool, template: bool, user: str | None, type_: str | None, as_json: bool, **flags: Any
 ) -> None:
     """Print a unit file for systemd that serves APP with these options, from here."""
+    from segue.supervisor import place as places
     from segue.supervisor import unit as units
     from segue.supervisor.settings import SettingsError
 
     try:
-        place, notes = units.place(flags, os.environ, user, template, type_)
+        place, notes = places.here(flags, os.environ, user, template, type_)
         text = units.socket(place) if socket else units.service(place)
-    except (SettingsError, units.UnitError) as error:
+    except (SettingsError, places.UnitError) as error:
         fail(str(error), Status.USAGE)
     if as_json:
         click.echo(json.dumps({"unit": text, "notes": list(notes)}, indent=2))

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from segue.handoff.messages import ServiceRecord
-from segue.supervisor.states import Outcome
+from segue.supervisor.underway import Outcome
 
 
 class Prepare(msgspec.Struct, frozen=True):

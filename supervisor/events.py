@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from segue.supervisor.states import Limits, Strategy
+from segue.supervisor.generations import Limits, Strategy
 
 
 class ReloadAsked(msgspec.Struct, frozen=True):

@@ -9,4 +9,6 @@ from __future__ import annotations
 
 from segue.supervisor.effects import *  # noqa: F403
 from segue.supervisor.events import *  # noqa: F403
+from segue.supervisor.generations import *  # noqa: F403
 from segue.supervisor.states import *  # noqa: F403
+from segue.supervisor.underway import *  # noqa: F403

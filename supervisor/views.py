@@ -147,7 +147,8 @@ def logs(
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def top(name: str | None, runtime_dir: str | None, interval: float, once: bool, as_json: bool) -> None:
     """Watch generations, workers and reloads, and steer them with single keys."""
-    from segue.supervisor.top import Look, print_once, run
+    from segue.supervisor.look import Look, print_once
+    from segue.supervisor.top import run
 
     instance = find(runtime_dir, name)
     if as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):

@@ -9,14 +9,14 @@ import msgspec
 import pytest
 from scenario import ROOT, segue
 
-from segue.supervisor import unit
+from segue.supervisor import place, unit
 
 VARIANTS = {
-    "segue.service": unit.service(unit.EXAMPLE),
-    "segue-systemd252.service": unit.service(msgspec.structs.replace(unit.EXAMPLE, type=unit.NOTIFY)),
-    "segue.socket": unit.socket(unit.EXAMPLE),
-    "segue@.service": unit.service(unit.EXAMPLE_TEMPLATE),
-    "segue@.socket": unit.socket(unit.EXAMPLE_TEMPLATE),
+    "segue.service": unit.service(place.EXAMPLE),
+    "segue-systemd252.service": unit.service(msgspec.structs.replace(place.EXAMPLE, type=place.NOTIFY)),
+    "segue.socket": unit.socket(place.EXAMPLE),
+    "segue@.service": unit.service(place.EXAMPLE_TEMPLATE),
+    "segue@.socket": unit.socket(place.EXAMPLE_TEMPLATE),
 }
 
 

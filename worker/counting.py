@@ -10,7 +10,7 @@ import msgspec
 import uvicorn
 
 from segue.handoff import descriptors
-from segue.handoff.messages import Counts, Figures, WorkerMode
+from segue.handoff.messages import Counts, Figures, WorkerMode, WorkerSpec, WorkerStatus
 from segue.worker import usage
 from segue.worker.access import AccessLog
 from segue.worker.drain import Drain
@@ -41,6 +41,7 @@ class Counting:
         That has to be decided before the first connection is made.
         """
         self._https, self._intake, self._drain, self._services = https, intake, drain, services
+        self._cpu = usage.CpuMeter()
         self._responses: Responses | None = None
         self._aborted = 0
         if requests or access is not None:
@@ -73,6 +74,44 @@ class Counting:
             cpu_s=round(time.process_time(), 3),
             descriptors=descriptors.in_use(),
             leases=self._services.leases(),
+        )
+
+    def status(self, spec: WorkerSpec, figures: Figures, draining: bool, probe: str | None) -> WorkerStatus:
+        """Everything that can be said of this worker now; `probe` is where its application can be asked in private."""
+        counts, handover = figures.counts, self._drain.handover
+        return WorkerStatus(
+            pid=figures.pid,
+            generation=spec.generation,
+            worker=spec.worker,
+            mode=figures.mode,
+            draining=draining,
+            connections=figures.connections,
+            requests_total=counts.requests,
+            in_flight=figures.in_flight,
+            tasks=figures.tasks,
+            handed_over=counts.handed_over,
+            adopted=counts.adopted,
+            closed=counts.closed,
+            sending_s=handover.sending_s,
+            max_stall_s=max(handover.max_stall_s, self._intake.max_stall_s),
+            handover_cpu_s=handover.cpu_s,
+            rss_bytes=figures.rss_bytes,
+            cpu_percent=self._cpu.percent(),
+            since=figures.since,
+            listeners=self._intake.addresses,
+            probe=probe,
+            queue={
+                "waiting": figures.waiting,
+                "queued_total": counts.held,
+                "rejected_total": counts.refused,
+                "timed_out_total": counts.held_timed_out,
+                "left_total": counts.held_left,
+            },
+            responses=counts.responses,
+            rejected=counts.rejected,
+            websockets=figures.websockets,
+            loop_lag_s=figures.loop_lag_s,
+            counts=counts,
         )
 
     def answered(self) -> tuple[int, int]:

@@ -22,12 +22,13 @@ import uvicorn
 from segue.handoff import descriptors
 from segue.handoff.http_server import serve
 from segue.handoff.messages import FdName, Figures, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
-from segue.worker import public, usage
+from segue.worker import public
 from segue.worker.access import AccessLog
 from segue.worker.accounts import Accounts
 from segue.worker.adoption import Adoption
 from segue.worker.counting import Counting
-from segue.worker.drain import Drain, cut
+from segue.worker.drain import Drain
+from segue.worker.ending import Ending
 from segue.worker.endpoints import Refused, handler
 from segue.worker.events import Stage, WorkerInfo
 from segue.worker.gate import gate
@@ -37,15 +38,7 @@ from segue.worker.probe import Probe
 from segue.worker.recycling import Recycling
 from segue.worker.services.hosted import Hosted
 from segue.worker.telling import Telling
-from segue.worker.uvicorn_internals import (
-    Http,
-    Protocol,
-    close,
-    is_busy,
-    is_unsent,
-    open_cycles,
-    shut_down,
-)
+from segue.worker.uvicorn_internals import Http
 from segue.worker.warm_up import warm_up
 
 _log = logging.getLogger("segue.worker")
@@ -61,9 +54,6 @@ _HARD_EXTRA_S = 5.0
 """How long after its timeout a stop that hangs is ended by force."""
 _SHUTDOWN_S = 5.0
 """What a lifespan shutdown may take at least."""
-_STOP_SWEEP_S = 0.05
-_LINGER_S = 3.0
-"""How long a connection that was closed may take to be gone at a stop."""
 _CLOSE_SERVER_S = 1.0
 
 
@@ -92,7 +82,6 @@ class Worker:
         self._on_ready = on_ready
         self._loop = asyncio.get_running_loop()
         self._since = time.time()
-        self._cpu = usage.CpuMeter()
         self._lifespan = Lifespan(config)
         self._http = Http(config, self._lifespan.state, self._loop)
         self._probe = Probe(Http(config, self._lifespan.state, self._loop), spec.probe_path, self._loop)
@@ -373,94 +362,19 @@ class Worker:
 
     def status(self) -> WorkerStatus:
         """Everything that can be said of this worker now."""
-        figures, handover = self.figures(), self._drain.handover
-        counts = figures.counts
-        return WorkerStatus(
-            pid=figures.pid,
-            generation=self._spec.generation,
-            worker=self._spec.worker,
-            mode=self.mode,
-            draining=self.operator_drain is not None,
-            connections=figures.connections,
-            requests_total=counts.requests,
-            in_flight=figures.in_flight,
-            tasks=figures.tasks,
-            handed_over=counts.handed_over,
-            adopted=counts.adopted,
-            closed=counts.closed,
-            sending_s=handover.sending_s,
-            max_stall_s=max(handover.max_stall_s, self._intake.max_stall_s),
-            handover_cpu_s=handover.cpu_s,
-            rss_bytes=figures.rss_bytes,
-            cpu_percent=self._cpu.percent(),
-            since=figures.since,
-            listeners=self._intake.addresses,
-            probe=self._probe.path,
-            queue={
-                "waiting": figures.waiting,
-                "queued_total": counts.held,
-                "rejected_total": counts.refused,
-                "timed_out_total": counts.held_timed_out,
-                "left_total": counts.held_left,
-            },
-            responses=counts.responses,
-            rejected=counts.rejected,
-            websockets=figures.websockets,
-            loop_lag_s=figures.loop_lag_s,
-            counts=counts,
-        )
+        draining = self.operator_drain is not None
+        return self._counting.status(self._spec, self.figures(), draining, self._probe.path)
 
     # Its end
 
     async def _shut_down(self) -> int:
         deadline = self._loop.time() + self._stop_timeout_s
-        clean = True
-        told: dict[Protocol, float] = {}
-        for http, connection in self._all_connections():
-            if http.is_websocket(connection):
-                shut_down(connection)
-            else:
-                http.announce_close(connection)
-        first = True
-        while not self._is_empty and self._loop.time() < deadline:
-            # a request that is in the socket already is read in the first pause, and still answered
-            await asyncio.sleep(min(_STOP_SWEEP_S, max(0.0, deadline - self._loop.time())))
-            for http, connection in self._all_connections():
-                if http.is_websocket(connection):
-                    shut_down(connection)
-                elif is_busy(connection):
-                    http.announce_close(connection)
-                    for cycle in open_cycles(connection):
-                        if cycle.response_started:
-                            cycle.keep_alive = False  # too late for the header
-                elif first or not self._intake.pending:
-                    shut_down(connection)
-                    parted = told.setdefault(connection, self._loop.time())
-                    if self._loop.time() - parted > _LINGER_S and not is_unsent(connection):
-                        close(connection, abort=True)  # TLS waits half a minute for the other side's farewell
-            first = False
-        if not self._is_empty:
-            for http in (self._http, self._probe.http):
-                _log.warning(
-                    "event=stop-timeout connections=%d tasks=%d timeout_s=%g private=%d",
-                    len(http.state.connections),
-                    len(http.state.tasks),
-                    self._stop_timeout_s,
-                    http is self._probe.http,
-                )
-                await cut(http)
-            clean = False
+        ending = Ending(self._http, self._probe, self._intake, self._drain)
+        clean = await ending.finish(self._stop_timeout_s)
         remaining = max(_SHUTDOWN_S, deadline - self._loop.time())
         self._arm_hard_end(remaining)
         clean = await self._lifespan.shutdown(remaining) and clean
         return self._exit or (EXIT_OK if clean else EXIT_CUT)
-
-    @property
-    def _is_empty(self) -> bool:
-        return self._drain.is_empty and self._probe.is_empty
-
-    def _all_connections(self) -> list[tuple[Http, Protocol]]:
-        return [(http, each) for http in (self._http, self._probe.http) for each in http.state.connections]
 
     @staticmethod
     def _arm_hard_end(timeout_s: float) -> None:
