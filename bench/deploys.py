@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from bench.figures import Figure, Measured
-from bench.servers import Bench, Segue, load, segue, wait_for
+from bench.servers import Bench, Segue, load, ping, segue, wait_for
 from bench.users import ROOT
 
 LOAD = ("--keepalive", "20", "--post", "5", "--newconn", "5", "--sse", "0", "--think-max", "20")
@@ -124,16 +123,8 @@ def _taken_back(server: Segue, act: Callable[[], Any]) -> float:
 
 
 def _answering(port: int) -> int | None:
-    """Ask once on a new connection: the pid of the process that answered, whatever it said."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), _ANSWER_TIMEOUT_S) as connection:
-            connection.sendall(b"GET /ping HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
-            answer = b""
-            while data := connection.recv(4096):
-                answer += data
-    except OSError:
-        return None
-    pid = answer.partition(b"x-pid: ")[2].partition(b"\r\n")[0]
+    """The pid of the process that takes a new connection, whatever it answers."""
+    pid = (ping(port, _ANSWER_TIMEOUT_S) or b"").partition(b"x-pid: ")[2].partition(b"\r\n")[0]
     return int(pid) if pid else None
 
 

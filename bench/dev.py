@@ -5,7 +5,6 @@ uvicorn's own ``--reload`` stands beside it. Then saves follow on one another un
 
 from __future__ import annotations
 
-import socket
 import statistics
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from bench.figures import Figure, Measured
 from bench.processes import children, cpu_s, rss_mib
 from bench.reloads import LOAD
-from bench.servers import START_TIMEOUT_S, Bench, Segue, Server, load, segue, uvicorn, wait_for
+from bench.servers import START_TIMEOUT_S, Bench, Segue, Server, load, ping, segue, uvicorn, wait_for
 
 FIGURES = [
     Figure(
@@ -116,14 +115,7 @@ def _watches(server: Segue) -> bool:
 
 def _version(port: int) -> bytes | None:
     """What a new connection is answered by; None if it isn't."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), 0.5) as connection:
-            connection.sendall(b"GET /ping HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
-            answer = b""
-            while data := connection.recv(4096):
-                answer += data
-    except OSError:
-        return None
+    answer = ping(port, 0.5) or b""
     return answer.partition(b"x-version: ")[2].partition(b"\r\n")[0] or None
 
 

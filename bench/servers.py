@@ -267,6 +267,19 @@ def running(
         running.left_behind = kill_marked(mark)
 
 
+def ping(port: int, timeout_s: float) -> bytes | None:
+    """The answer to one request on a new connection, whatever it is; None if nobody takes it."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
+            connection.sendall(b"GET /ping HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while data := connection.recv(4096):
+                answer += data
+            return answer
+    except OSError:
+        return None
+
+
 def free_port() -> int:
     """One that nobody listens on."""
     with socket.socket() as probe:

@@ -13,7 +13,17 @@ import click
 from segue import __version__
 from segue.handoff.messages import DRAIN_MODES, HOT, MAX_WORKERS
 from segue.supervisor import deploying, exits, reaping, views
-from segue.supervisor.commanding import ask, change, conclude, echo_output, fail, find, instance_options
+from segue.supervisor.commanding import (
+    Waiting,
+    ask,
+    change,
+    conclude,
+    echo_output,
+    fail,
+    find,
+    instance_options,
+    waiting_options,
+)
 from segue.supervisor.exits import Status
 from segue.supervisor.options import ServeCommand, serve_options
 from segue.supervisor.terminal import Progress, echo
@@ -138,32 +148,19 @@ def _config_running(flags: dict[str, Any], as_json: bool) -> None:
 @cli.command(epilog=exits.EPILOG)
 @instance_options
 @click.argument("workers", type=click.IntRange(1, MAX_WORKERS))
-@click.option("--no-wait", is_flag=True, help="Return at once.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
-def scale(
-    name: str | None,
-    runtime_dir: str | None,
-    workers: int,
-    no_wait: bool,
-    timeout: float | None,
-    as_json: bool,
-) -> None:
+@waiting_options
+def scale(name: str | None, runtime_dir: str | None, workers: int, waiting: Waiting) -> None:
     """Run WORKERS workers from now on, until the setting itself is changed."""
-    change(find(runtime_dir, name), f"{HOT}/scale?workers={workers}", no_wait, timeout, as_json)
+    change(find(runtime_dir, name), f"{HOT}/scale?workers={workers}", waiting)
     click.echo("1 worker serves" if workers == 1 else f"{workers} workers serve")
 
 
 @cli.command(epilog=exits.EPILOG)
 @instance_options
-@click.option("--no-wait", is_flag=True, help="Return at once.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
-def upgrade(
-    name: str | None, runtime_dir: str | None, no_wait: bool, timeout: float | None, as_json: bool
-) -> None:
+@waiting_options
+def upgrade(name: str | None, runtime_dir: str | None, waiting: Waiting) -> None:
     """Let the master itself take on the segue and the settings that are on disk; the workers serve on."""
-    operation = change(find(runtime_dir, name), f"{HOT}/upgrade", no_wait, timeout, as_json)
+    operation = change(find(runtime_dir, name), f"{HOT}/upgrade", waiting)
     click.echo(f"the master was upgraded ({sum(operation['phases'].values()):.2f} s)")
 
 
@@ -178,7 +175,7 @@ def drain() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
 def drain_start(name: str | None, runtime_dir: str | None, mode: str, as_json: bool) -> None:
     """Begin it in every worker, and in those to come."""
-    change(find(runtime_dir, name), f"{HOT}/drain/start?mode={mode}", False, None, as_json)
+    change(find(runtime_dir, name), f"{HOT}/drain/start?mode={mode}", Waiting(as_json=as_json))
     click.echo(f"draining ({mode})")
 
 
@@ -187,7 +184,7 @@ def drain_start(name: str | None, runtime_dir: str | None, mode: str, as_json: b
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
 def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None:
     """End it."""
-    change(find(runtime_dir, name), f"{HOT}/drain/stop", False, None, as_json)
+    change(find(runtime_dir, name), f"{HOT}/drain/stop", Waiting(as_json=as_json))
     click.echo("not draining")
 
 

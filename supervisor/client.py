@@ -66,7 +66,10 @@ def follow(
 
 
 def _ask_again(instance: Instance, target: str, timeout_s: float) -> Response:
-    """A master that upgrades itself in place hangs up, and is there again in a moment."""
+    """A master that upgrades itself in place hangs up, and is there again in a moment.
+
+    Nothing says when: who had the socket is gone, and who will have it is not there yet. So it is tried again.
+    """
     deadline = time.monotonic() + _UPGRADE_S
     while True:
         try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 
@@ -35,8 +36,21 @@ def instance_options(command: _F) -> _F:
     return command
 
 
-def waiting_options(command: _F) -> _F:
-    """Let a command that changes something say how long it waits, and how it tells."""
+class Waiting(NamedTuple):
+    """How long a command waits for what it has asked for, and how it tells the outcome."""
+
+    no_wait: bool = False
+    timeout_s: float | None = None
+    as_json: bool = False
+
+
+def waiting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command that changes something be told its `Waiting`."""
+
+    @functools.wraps(command)
+    def waiting(*, no_wait: bool, timeout: float | None, as_json: bool, **others: Any) -> None:
+        command(waiting=Waiting(no_wait, timeout, as_json), **others)
+
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON."),
         click.option(
@@ -44,8 +58,8 @@ def waiting_options(command: _F) -> _F:
         ),
         click.option("--no-wait", is_flag=True, help="Return at once."),
     ):
-        command = option(command)
-    return command
+        waiting = option(waiting)
+    return waiting
 
 
 def find(runtime_dir: str | None, name: str | None) -> Any:
@@ -73,9 +87,7 @@ def ask(instance: Any, target: str) -> Any:
     return answer.json()
 
 
-def change(
-    instance: Any, target: str, no_wait: bool, timeout: float | None, as_json: bool, until: str = "serving"
-) -> dict[str, Any]:
+def change(instance: Any, target: str, waiting: Waiting, until: str = "serving") -> dict[str, Any]:
     """Ask for a change, show its phases, and end the program unless it was done."""
     from segue.supervisor.client import follow, post
     from segue.supervisor.instance import InstanceError
@@ -83,19 +95,18 @@ def change(
 
     try:
         operation = post(instance, target)
-        if no_wait and operation["id"] is not None:
-            click.echo(
-                json.dumps(operation, indent=2) if as_json else f"operation {operation['id']} has begun"
-            )
+        if waiting.no_wait and operation["id"] is not None:
+            begun = f"operation {operation['id']} has begun"
+            click.echo(json.dumps(operation, indent=2) if waiting.as_json else begun)
             sys.exit(Status.OK)
         with Progress("waiting") as progress:
-            operation = follow(instance, operation, progress.say, until=until, timeout_s=timeout)
+            operation = follow(instance, operation, progress.say, until=until, timeout_s=waiting.timeout_s)
     except InstanceError as error:
         fail(str(error), Status.INSTANCE)
-    if as_json:
+    if waiting.as_json:
         click.echo(json.dumps(operation, indent=2))
     conclude(operation, until)
-    if as_json:
+    if waiting.as_json:
         sys.exit(Status.OK)
     return operation
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import click
 
 from segue.handoff.messages import HOT
 from segue.supervisor import exits
-from segue.supervisor.commanding import change, find, instance_options, waiting_options
+from segue.supervisor.commanding import Waiting, change, find, instance_options, waiting_options
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _STRATEGIES = ("surge", "rolling", "replace")
 _until = click.option(
     "--wait",
@@ -24,8 +24,15 @@ _until = click.option(
 )
 
 
-def _manner(command: _F) -> _F:
-    """How a generation takes over, this time."""
+def _manner(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command be told how a generation takes over, this time: by name, None as the settings say."""
+
+    @functools.wraps(command)
+    def taking_over(
+        *, strategy: str | None, canary: int | None, canary_for: float | None, **others: Any
+    ) -> None:
+        command(manner={"strategy": strategy, "canary": canary, "canary_for": canary_for}, **others)
+
     for option in (
         click.option("--canary-for", type=click.FloatRange(0), metavar="SECONDS", help="For so long."),
         click.option(
@@ -38,8 +45,8 @@ def _manner(command: _F) -> _F:
             "--strategy", type=click.Choice(_STRATEGIES), help="This time, instead of what the settings say."
         ),
     ):
-        command = option(command)
-    return command
+        taking_over = option(taking_over)
+    return taking_over
 
 
 _generation = click.argument("generation", metavar="[ID]", type=click.IntRange(1), required=False)
@@ -67,13 +74,9 @@ def reload(
     choices: tuple[str, ...],
     tool: str | None,
     profile: str | None,
-    strategy: str | None,
-    canary: int | None,
-    canary_for: float | None,
+    manner: dict[str, Any],
     wait: str,
-    no_wait: bool,
-    timeout: float | None,
-    as_json: bool,
+    waiting: Waiting,
 ) -> None:
     """Start a new generation and move every connection to it; refused if it does not get ready.
 
@@ -82,14 +85,14 @@ def reload(
     choices += (f"tool={tool}",) if tool is not None else ()
     choices += (f"profile={profile}",) if profile is not None else ()
     if service is not None:
-        if {strategy, canary, canary_for} != {None}:
+        if set(manner.values()) != {None}:
             raise click.UsageError("--strategy and --canary are for a reload of all, not of a service")
-        _swap(find(runtime_dir, name), service, choices, wait, no_wait, timeout, as_json)
+        _swap(find(runtime_dir, name), service, choices, wait, waiting)
         return
     if choices:
         raise click.UsageError("settings are for a service: segue reload SERVICE --set KEY=VALUE")
-    target = _target("reload", strategy=strategy, canary=canary, canary_for=canary_for)
-    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json, until=wait)
+    target = _target("reload", **manner)
+    operation = change(find(runtime_dir, name), target, waiting, until=wait)
     click.echo(_served(operation, wait))
 
 
@@ -98,9 +101,7 @@ def _swap(
     service: str,
     choices: tuple[str, ...],
     wait: str,
-    no_wait: bool,
-    timeout: float | None,
-    as_json: bool,
+    waiting: Waiting,
 ) -> None:
     if wait != "serving":
         raise click.UsageError(f"a swap of a service has nothing to wait for with --wait {wait}")
@@ -109,7 +110,7 @@ def _swap(
         raise click.UsageError("--set takes KEY=VALUE")
     query = urlencode({key: value for key, _, value in pairs})
     target = f"{HOT}/reload/{quote(service, safe='')}" + (f"?{query}" if query else "")
-    operation = change(instance, target, no_wait, timeout, as_json)
+    operation = change(instance, target, waiting)
     leases = sum(worker.get("leases_out", 0) for worker in operation["workers"])
     click.echo(
         f"{service} is version {operation['version']} in {len(operation['workers'])} workers "
@@ -122,14 +123,12 @@ def _swap(
 @click.command(epilog=exits.EPILOG)
 @instance_options
 @waiting_options
-def stage(
-    name: str | None, runtime_dir: str | None, no_wait: bool, timeout: float | None, as_json: bool
-) -> None:
+def stage(name: str | None, runtime_dir: str | None, waiting: Waiting) -> None:
     """Start a new generation that is ready and warmed up, but serves nothing until it is promoted.
 
     Prints the private sockets on which its application can be asked.
     """
-    operation = change(find(runtime_dir, name), _target("stage"), no_wait, timeout, as_json)
+    operation = change(find(runtime_dir, name), _target("stage"), waiting)
     generation = operation["generation"]
     click.echo(f"generation {generation} is staged ({_seconds(operation):.2f} s); it serves nothing yet")
     for probe in operation["probes"]:
@@ -147,19 +146,13 @@ def promote(
     name: str | None,
     runtime_dir: str | None,
     generation: int | None,
-    strategy: str | None,
-    canary: int | None,
-    canary_for: float | None,
+    manner: dict[str, Any],
     wait: str,
-    no_wait: bool,
-    timeout: float | None,
-    as_json: bool,
+    waiting: Waiting,
 ) -> None:
     """Let a generation that is staged or parked (ID, or the staged one) serve, and move every connection to it."""
-    target = _target(
-        "promote", generation=generation, strategy=strategy, canary=canary, canary_for=canary_for
-    )
-    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json, until=wait)
+    target = _target("promote", generation=generation, **manner)
+    operation = change(find(runtime_dir, name), target, waiting, until=wait)
     click.echo(_served(operation, wait))
 
 
@@ -171,13 +164,11 @@ def discard(
     name: str | None,
     runtime_dir: str | None,
     generation: int | None,
-    no_wait: bool,
-    timeout: float | None,
-    as_json: bool,
+    waiting: Waiting,
 ) -> None:
     """End a generation (ID, or the staged one) that is staged or parked, or give one up that is being started."""
     target = _target("discard", generation=generation)
-    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json)
+    operation = change(find(runtime_dir, name), target, waiting)
     click.echo(f"generation {operation['generation']} is discarded")
 
 
@@ -197,13 +188,11 @@ def rollback(
     runtime_dir: str | None,
     generation: int | None,
     wait: str,
-    no_wait: bool,
-    timeout: float | None,
-    as_json: bool,
+    waiting: Waiting,
 ) -> None:
     """Take the previous generation (or ID) back, as long as it is still draining or parked."""
     target = _target("rollback", generation=generation)
-    operation = change(find(runtime_dir, name), target, no_wait, timeout, as_json, until=wait)
+    operation = change(find(runtime_dir, name), target, waiting, until=wait)
     click.echo(f"generation {operation['generation']} serves again ({_seconds(operation):.3f} s)")
 
 

@@ -195,7 +195,7 @@ def print_once(look: Look, interval: float, as_json: bool) -> None:
     """Look twice, for the rates, and print it. Raises what ends a command if there is nothing to see."""
     look.take()
     if not look.gone:
-        time.sleep(interval)
+        time.sleep(interval)  # rates are measured over it
         look.take()
     if look.gone or look.document is None:
         from segue.supervisor.commanding import fail

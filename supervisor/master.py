@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -98,7 +99,9 @@ class Master:
         self._service = ServiceManager(environ)
         self._history = History(self.operations, log, self._service)
         self._readiness = Readiness(self.instance, self.operations, self._service)
-        self.snapshots = Snapshots(mastership, flags, environ, base_dir, settings, log, lambda: self.state)
+        self.snapshots = Snapshots(
+            mastership, partial(config.load, flags, environ, base_dir), settings, log, lambda: self.state
+        )
         self.requests = Requests(
             self.operations,
             self.snapshots,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 
@@ -24,16 +23,14 @@ class Snapshots:
     def __init__(
         self,
         mastership: Mastership,
-        flags: Mapping[str, Any],
-        environ: MutableMapping[str, str],
-        base_dir: str,
+        load: Callable[[], config.Effective],
         settings: config.Effective,
         log: Log,
         state: Callable[[], model.State],
     ) -> None:
-        """`settings` are those that the master itself began with."""
+        """`load` reads the settings anew, and raises `SettingsError`; `settings` are those that the master began with."""
         self._known = mastership.known
-        self._flags, self._environ, self._base_dir = dict(flags), environ, base_dir
+        self._load = load
         self._log = log
         self._state = state
         self.listening = Listening(mastership.inherited)
@@ -56,7 +53,7 @@ class Snapshots:
         """Read the settings anew and open what they ask for. None: the lifecycle waits for it no longer."""
         try:
             async with asyncio.timeout(lifecycle.PREPARE_TIMEOUT_S):
-                effective = await asyncio.to_thread(config.load, self._flags, self._environ, self._base_dir)
+                effective = await asyncio.to_thread(self._load)
                 taken = await asyncio.to_thread(snapshot.take, effective)
         except TimeoutError:
             return None  # the lifecycle's own deadline has said so

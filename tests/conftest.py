@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scenario import MADE, MARK, ROOT
+from scenario import MADE, MARK, TOKEN
 
 APP = """
 import asyncio, hashlib, os
@@ -112,7 +112,10 @@ def application(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(scope="session")
-def root() -> Path:
-    """The checkout."""
-    return ROOT
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    """A file with `TOKEN`, as ``--token-file`` wants it."""
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    path.chmod(0o600)
+    return path

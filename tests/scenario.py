@@ -25,6 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60.0
 MARK = "TEST_MARK_OF_SEGUE"
 HOT = "/api/v1/hot"
+TOKEN = "a-token-of-many-letters-0123456789"
+"""What is in the `token_file` of a test."""
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
 
 
 class Output:

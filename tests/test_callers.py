@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scenario import DEADLINE_S, HOT, ROOT, Segue, supervised
-from test_control import free_port, tcp_call
+from scenario import DEADLINE_S, HOT, ROOT, Segue, free_port, supervised
+from test_control import tcp_call
 
 from segue.supervisor import room
 from segue.supervisor.room import bytes_left, own_bytes, too_many
 from segue.supervisor.watching import Watching
 
 BROKEN = """
-from segue.supervisor.control import Control
+from segue.supervisor.control_reads import Reads
 
 async def livez(self, _):
     raise KeyError("lost")
 
-Control._livez = livez
+Reads._livez = livez
 """
 
 

@@ -14,25 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import HOT, Client, segue, supervised, unix_call
+from scenario import HOT, TOKEN, Client, free_port, segue, supervised, unix_call
 
-from segue.handoff import http as control_http
-
-TOKEN = "a-token-of-many-letters-0123456789"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@pytest.fixture
-def token_file(tmp_path):
-    path = tmp_path / "token"
-    path.write_text(TOKEN + "\n")
-    path.chmod(0o600)
-    return path
+from segue.handoff import http_server
 
 
 def tcp_call(port: int, method: str, target: str, token: str | None = None):
@@ -323,7 +307,7 @@ def test_a_connection_that_is_open_when_a_process_ends_is_no_mistake(tmp_path: P
         loop.set_exception_handler(lambda _, context: mistakes.append(context))
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(tmp_path / "s"))
-        server = await control_http.serve(listener, control_http.Router({}))
+        server = await http_server.serve(listener, http_server.Router({}))
         client.connect(str(tmp_path / "s"))
         await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await loop.sock_recv(client, 1000)).startswith(b"HTTP/1.1 404")

@@ -5,29 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
-from pathlib import Path
 from typing import Any
 
-import pytest
 from browser import Page, browser
-from scenario import HOT, ROOT, Client, Segue, supervised
-
-TOKEN = "a-token-of-many-letters-0123456789"
-
-
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(TOKEN + "\n")
-    path.chmod(0o600)
-    return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+from scenario import HOT, ROOT, TOKEN, Client, Segue, free_port, supervised
 
 
 def live(page: Page) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from pages import Terminal, blocks
-from scenario import DEADLINE_S, MARK, ROOT, Segue, environment, made_directory, supervised
+from scenario import DEADLINE_S, MARK, ROOT, Segue, environment, free_port, made_directory, supervised
 
 from segue.supervisor.setting_reference import page
 
@@ -78,11 +77,6 @@ def test_no_link_between_pages_is_dead() -> None:
             if anchor:
                 heads = re.findall(r"^#+ (.*)$", to.read_text(), re.M)
                 assert anchor in {slug(head) for head in heads}, f"{path.name}: {target}"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def slug(heading: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
-from scenario import DEADLINE_S, HOT, ROOT, Client, Load, Segue, supervised, unix_call
+from scenario import DEADLINE_S, HOT, ROOT, Client, Load, Segue, free_port, supervised, unix_call
 
 from segue.supervisor.metrics import FAMILIES
 from segue.supervisor.totals import Followed
@@ -293,14 +293,9 @@ def test_the_built_in_applications_connector_is_there(tmp_path) -> None:
         assert value(found, "segue_service_value", service="hsp", name="hsp_available") in {0, 1}
 
 
-def test_the_admin_listener_serves_them_without_a_token(application, tmp_path) -> None:
-    token = tmp_path / "token"
-    token.write_text("a-token-of-enough-length")
-    token.chmod(0o600)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token))
+def test_the_admin_listener_serves_them_without_a_token(application, token_file) -> None:
+    port = free_port()
+    arguments = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
     with supervised("shop:app", *arguments, cwd=application()):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
         connection.request("GET", "/metrics")

@@ -13,11 +13,11 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
-from scenario import HOT, ROOT, Segue, environment, supervised
+from scenario import HOT, ROOT, TOKEN, Segue, environment, free_port, supervised
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import negative_data_rejection
-from test_control import TOKEN, free_port, tcp_call
+from test_control import tcp_call
 
 ENDING = ("stop", "upgrade")
 """What ends the master, or begins it anew."""
@@ -40,14 +40,6 @@ expected-statuses = ["2xx", "3xx", "4xx", 503, 504]
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "3xx", 401, 403, 404, 409, 423, 503, 504]
 """
-
-
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(TOKEN + "\n")
-    path.chmod(0o600)
-    return path
 
 
 def test_the_description_is_of_what_is_served(application, token_file) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from pages import blocks
-from scenario import DEADLINE_S, Load, environment, made_directory, supervised
+from scenario import DEADLINE_S, Load, environment, free_port, made_directory, supervised
 
 SAID = "127.0.0.1:8080"
 SOCKET = "/run/shop/http.sock"
@@ -72,11 +72,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def reachable(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.parametrize("start", [nginx, haproxy, caddy])

@@ -19,28 +19,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenario import HOT, ROOT, Segue, environment, made_directory, segue, supervised
+from scenario import HOT, ROOT, TOKEN, Segue, environment, free_port, made_directory, segue, supervised
 
 from segue.handoff import adoption, http_server, relay
 from segue.handoff.browser import misdirected
 from segue.handoff.http import Request, Response, json_response
 from segue.handoff.notify import NotifySocket
 
-TOKEN = "a-token-of-many-letters-0123456789"
 RELOAD = f"{HOT}/reload"
-
-
-@pytest.fixture
-def token_file(tmp_path: Path) -> Path:
-    path = tmp_path / "token"
-    path.write_text(TOKEN + "\n")
-    path.chmod(0o600)
-    return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def call(address: str | int, method: str, target: str, **headers: str) -> tuple[int, Any]:

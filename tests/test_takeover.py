@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from scenario import HOT, ROOT, Client, Load, Segue, environment, segue, supervised, unix_call
+from scenario import HOT, ROOT, Client, Load, Segue, environment, free_port, segue, supervised, unix_call
 
 from segue.supervisor import journal, memory
 
@@ -56,9 +56,7 @@ def taken_over(master: Segue, *arguments: str, cwd: Path, port: int) -> Iterator
 @contextlib.contextmanager
 def on_a_port(*arguments: str, cwd: Path, **options: Any) -> Iterator[tuple[Segue, int]]:
     """A ready master on a port that can be named again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with supervised(*arguments, "--bind", f"127.0.0.1:{port}", cwd=cwd, bind=False, **options) as master:
         yield master, port
 

@@ -18,6 +18,8 @@ _MAX_BYTES = 1024 * 1024
 _KEPT_BYTES = 256 * 1024
 _LOOK_EVERY_S = 0.1
 _REPLAY_TIMEOUT_S = 1.0
+_STUCK_S = 0.2
+"""How long after that it counts as stuck in a write."""
 _PIPE_BUF = 4096
 """A pipe that polls as writable takes this much without blocking."""
 _PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, fallocate(2)
@@ -54,11 +56,17 @@ class BootOutput:
         _flush()
         # in a thread, since a pipe shared with other writers may fill up after it has polled as writable, and
         # O_NONBLOCK would change it for everyone who has it
-        replay = threading.Thread(target=self._replay, name="segue-replay", daemon=True)
-        replay.start()
-        deadline = time.monotonic() + _REPLAY_TIMEOUT_S + 0.2
-        while replay.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110 - a thread sets no asyncio.Event
-            await asyncio.sleep(0.002)
+        loop, replayed = asyncio.get_running_loop(), asyncio.Event()
+
+        def replay() -> None:
+            self._replay()
+            with contextlib.suppress(RuntimeError):  # too late: the loop has ended
+                loop.call_soon_threadsafe(replayed.set)
+
+        threading.Thread(target=replay, name="segue-replay", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REPLAY_TIMEOUT_S + _STUCK_S):
+                await replayed.wait()
         os.dup2(self._stdout, 1)
         os.dup2(self._stderr, 2)
 
