@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.figures import Figure, Measured
-from bench.servers import Bench, Segue, load, ping, segue, wait_for
+from bench.servers import Bench, Segue, load, pid_in, ping, segue, wait_for
 from bench.users import ROOT
 
 LOAD = ("--keepalive", "20", "--post", "5", "--newconn", "5", "--sse", "0", "--think-max", "20")
@@ -124,8 +124,7 @@ def _taken_back(server: Segue, act: Callable[[], Any]) -> float:
 
 def _answering(port: int) -> int | None:
     """The pid of the process that takes a new connection, whatever it answers."""
-    pid = (ping(port, _ANSWER_TIMEOUT_S) or b"").partition(b"x-pid: ")[2].partition(b"\r\n")[0]
-    return int(pid) if pid else None
+    return pid_in(ping(port, _ANSWER_TIMEOUT_S) or b"")
 
 
 def _spoil(server: Segue) -> None:

@@ -289,18 +289,14 @@ def free_port() -> int:
 
 def answered(port: int, timeout_s: float = 10.0) -> int | None:
     """Ask once on a new connection: the pid of the process that answered, None if there was no answer."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
-            connection.sendall(b"GET /ping HTTP/1.1\r\nHost: bench\r\n\r\n")
-            answer = b""
-            while not answer.endswith(b"pong"):
-                data = connection.recv(4096)
-                if not data:
-                    return None
-                answer += data
-    except OSError:
-        return None
-    return int(answer.partition(b"x-pid: ")[2].partition(b"\r\n")[0])
+    answer = ping(port, timeout_s) or b""
+    return pid_in(answer) if answer.endswith(b"pong") else None
+
+
+def pid_in(answer: bytes) -> int | None:
+    """Which process has given this answer to `ping`; None if it doesn't say."""
+    pid = answer.partition(b"x-pid: ")[2].partition(b"\r\n")[0]
+    return int(pid) if pid else None
 
 
 def wait_for(

@@ -20,7 +20,6 @@ from segue.supervisor.setting_table import TABLE
 from segue.supervisor.turn import ACTIVATE_TIMEOUT_S, SLACK_S
 
 NOTIFY_RELOAD, NOTIFY = "notify-reload", "notify"
-TYPES = (NOTIFY_RELOAD, NOTIFY)
 NOTIFY_RELOAD_SINCE = 253
 """The first version of systemd that has it."""
 TEMPLATE_NAME = "%i"

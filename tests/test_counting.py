@@ -375,7 +375,7 @@ def test_a_protocol_that_cannot_be_counted_is_served_and_said_to_be(bench, tmp_p
     assert "event=not-counted" in worker.output
 
 
-def test_the_event_loops_lag_is_seen(bench, tmp_path) -> None:
+def test_the_event_loops_lag_is_seen(tmp_path) -> None:
     with Bench(
         tmp_path,
         "import time\nasync def app(scope, receive, send):\n    time.sleep(float(scope['path'][1:]))\n",

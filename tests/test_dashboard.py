@@ -41,7 +41,7 @@ def cells(page: Page, table: str) -> list[list[str]]:
     return rows
 
 
-def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file, tmp_path) -> None:
+def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file) -> None:
     port = free_port()
     flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file), "--workers", "2")
     with supervised("shop:app", *flags, cwd=application("1")) as master, browser() as page:

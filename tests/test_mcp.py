@@ -372,7 +372,7 @@ async def test_a_swap_that_would_lose_a_server_is_refused(how: str, monkeypatch:
         {"a": {"url": "http://y", "token": "t", "token_file": "f"}},
     ],
 )
-async def test_settings_that_can_t_be_are_refused(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_settings_that_can_t_be_are_refused(servers: Any) -> None:
     services = segue.Services()
     mcp = services.declare("mcp", MCPConnector, settings=MCPSettings)
     async with services:

@@ -181,7 +181,7 @@ def test_no_wait_returns_an_operation_to_poll(application) -> None:
         master.stop()
 
 
-def test_a_wait_that_ends_too_early_says_what_became_of_it(application, tmp_path) -> None:
+def test_a_wait_that_ends_too_early_says_what_became_of_it(application) -> None:
     with supervised("shop:app", cwd=application("1")) as master:
         application("2", prelude="import time; time.sleep(1.5)\n")
         code, document = master.call("POST", f"{HOT}/reload?wait=0.1")

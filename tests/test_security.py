@@ -186,7 +186,7 @@ def test_a_body_is_not_waited_for_of_who_may_not_ask_anyway(application, token_f
         master.stop()
 
 
-def test_a_request_that_does_not_come_whole_is_given_up(tmp_path: Path) -> None:
+def test_a_request_that_does_not_come_whole_is_given_up() -> None:
     """With the limit cut short: the server in this process, on a socket of its own."""
 
     async def scenario() -> tuple[bytes, bytes]:

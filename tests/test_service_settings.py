@@ -374,7 +374,7 @@ def test_what_no_service_takes_is_named_with_its_place() -> None:
     )
 
 
-def test_a_service_without_settings_refuses_what_file_or_environment_say(tmp_path: Path) -> None:
+def test_a_service_without_settings_refuses_what_file_or_environment_say() -> None:
     declaration = declare("x", lambda: None, ())
     place = Place(environ={"SEGUE_SERVICES__X__TEXT": "1"})
     with pytest.raises(segue.OptionsError, match="has no setting text"):

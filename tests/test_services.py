@@ -706,7 +706,7 @@ def test_a_worker_has_one_registry_at_a_time(hosted: Hosted) -> None:
     run(work())
 
 
-def test_a_worker_that_starts_later_begins_with_what_was_decided(tmp_path: Path) -> None:
+def test_a_worker_that_starts_later_begins_with_what_was_decided() -> None:
     async def work() -> None:
         services = segue.Services()
         a = services.declare("a", Thing)

@@ -37,7 +37,7 @@ def line(text: str, key: str) -> str:
     return found
 
 
-def test_paths_and_options_are_those_of_this_place(application, tmp_path) -> None:
+def test_paths_and_options_are_those_of_this_place(application) -> None:
     directory = application("1")
     (directory / "log.json").write_text("{}")
     text = printed(
@@ -51,7 +51,8 @@ def test_paths_and_options_are_those_of_this_place(application, tmp_path) -> Non
     assert f"--bind unix:{directory}/s.sock" in start
     assert '--header "X-A:b c"' in start
     assert "shop:app" in start
-    assert "--workers 3 --no-access-log" in start.replace("  ", " ") or "--no-access-log" in start
+    assert "--workers 3" in start
+    assert "--no-access-log" in start
     assert line(text, "WorkingDirectory") == str(directory)
     assert line(text, "User") == "nobody"
     assert f"ReadWritePaths={directory}\n" in text  # where the socket is made

@@ -16,7 +16,6 @@ from typing import Any
 from segue.handoff import lines
 from segue.worker.logs import style
 
-COMBINED, JSON = "combined", "json"
 LOGGER = "segue.access"
 CLIENT_LEFT = 499
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f"\\]')
@@ -64,7 +63,7 @@ class _Formatter(logging.Formatter):
         entry: dict[str, Any] | None = getattr(record, "access", None)
         if entry is None:
             return super().format(record)
-        if self._form == JSON:
+        if self._form == lines.JSON:
             text = lines.json_line(record.created, "info", record.name, entry | style.where)
         else:
             text = self._combined(entry, record.created)

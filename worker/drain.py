@@ -64,11 +64,6 @@ class Drain:
         self.handover = Handover(http, relay_write, loop, self.tell)
         self.closed = 0
 
-    @property
-    def is_on(self) -> bool:
-        """Whether a drain has begun and hasn't been taken back."""
-        return self._task is not None
-
     def start(
         self, listeners: frozenset[str] | None, timeout_s: float | None, drained: Callable[[], None]
     ) -> None:

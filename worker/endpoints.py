@@ -27,7 +27,6 @@ class Refused(Exception):  # noqa: N818 - it is what happened, and reads so
 class Commands(Protocol):
     """What a worker can be told to do. Each either does it or raises `Refused`."""
 
-    spec_generation: int
     master_socket: str
     mode: WorkerMode
     services: Hosted

@@ -96,11 +96,6 @@ class Intake:
         self.max_stall_s = 0.0
 
     @property
-    def is_open(self) -> bool:
-        """Whether it accepts and adopts."""
-        return self._open
-
-    @property
     def pending(self) -> int:
         """Connections taken but not yet made known to the server."""
         return len(self._made) + len(self._unpacked)

@@ -70,7 +70,6 @@ class Worker:
         on_ready: Callable[[], Awaitable[None]],
         services: Hosted,
     ) -> None:
-        self.spec_generation = spec.generation
         self.master_socket = spec.master_socket
         self.mode = WorkerMode.BOOTING
         self.services = services

@@ -35,7 +35,7 @@ def main() -> int:
     args = _arguments()
     if args.page is None:
         results = _measure(args)
-        path = _keep(results, args.out)
+        path = _keep(results)
         print(f"\nresults: {path}")
     else:
         results = _merged([json.loads(path.read_text()) for path in args.page])
@@ -101,7 +101,7 @@ def _merged(several: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _keep(results: dict[str, Any], out: Path) -> Path:
+def _keep(results: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(results["begun"]))
     path = RESULTS / f"compare-{stamp}.json"
