@@ -17,8 +17,8 @@ import yaml  # type: ignore[import-untyped]
 from hsp_harness import broker
 from openai_server import openai_server
 from pages import Terminal, blocks, pages
-from scenario import DEADLINE_S, ROOT, segue, supervised
-from test_docs import commands_of, free_port
+from scenario import DEADLINE_S, ROOT, free_port, segue, supervised
+from test_docs import commands_of
 from test_hsp_agents import connected, written
 
 from segue.supervisor.cli import cli
