@@ -171,8 +171,10 @@ def _generation(
     since = now if written is None else min(now, _here(written.since, known) or now)
     generation = m.Generation(number, GenerationState.BOOTING, since=since)
     generation.limits = limits.get(number, m.Limits())
-    generation.target = len(workers) if written is None else written.target
-    generation.missing = 0 if written is None else written.missing
+    # a journal that could not be written any more knows less than there is
+    generation.target = (written.target if written is not None else 0) or len(workers)
+    lacking = max(0, generation.target - len(workers))
+    generation.missing = 0 if written is None else min(written.missing, lacking)
     if written is not None:
         served = now if written.state == GenerationState.ACTIVE else 0.0
         generation.served_until = _here(written.served_until, known) or served

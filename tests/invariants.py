@@ -81,7 +81,7 @@ class Checks:
             self.numbers,
             self.probation,
             self.kept,
-            self.one_is_warm,
+            self.one_is_kept,
             self.ways_on,
             self.one_lead,
             self.services_are_known,
@@ -363,13 +363,14 @@ class Checks:
         if number in was - stays and not given_up:
             self.fail(f"generation {number} is let go, though it may be gone back to")
 
-    def one_is_warm(self) -> None:
+    def one_is_kept(self) -> None:
         """However often there is a reload, one set of workers waits beside what serves, and one is staged."""
         coming = self.coming()
         others = [g for g in self.after.generations.values() if g.id not in coming]
-        warm = [g.id for g in others if g.warm_until is not None and g.warm_until > self.world.now]
-        if len(warm) > 1:
-            self.fail(f"generations {warm} are warm")
+        now = self.world.now
+        kept = [g.id for g in others if max(g.kept_until or 0.0, g.warm_until or 0.0) > now]
+        if len(kept) > 1:
+            self.fail(f"generations {kept} are kept")
         staged = [g.id for g in others if g.state is GenerationState.STAGED]
         if len(staged) > 1:
             self.fail(f"generations {staged} are staged")

@@ -240,6 +240,22 @@ def test_what_did_not_say_which_services_it_has_is_not_gone_back_to_as_it_is() -
     assert [process.versions for process in world.serving()] == [{"model": 2}]
 
 
+def test_a_generation_of_which_only_the_begin_could_be_written_down_keeps_its_workers() -> None:
+    world = recorded()
+    world.deploy()
+    operation = world.reload()
+    world.turn("journal full", on=True)
+    assert world.state.generations[2].target == 0  # its settings are still being read
+    assert answered(world, operation).ok
+    world.run(1.0)
+    before = serving(world)
+    world.kill_master(downtime=1.0)
+    world.run(5.0)
+    assert serving(world) == before
+    assert len(before) == 2
+    calm(world)
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}
