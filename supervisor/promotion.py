@@ -236,6 +236,8 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     back = promote.kind is PromoteKind.ROLLBACK
     probation.end(turn, Outcome.ROLLED_BACK if back else Outcome.SUPERSEDED, promote.because)
     turn.move(generation, GenerationState.ACTIVE)
+    if state.current == generation.id:
+        generation.missing = 0  # what it lacks is tried one by one
     state.current = generation.id
     state.recover_streak = generation.streak = 0
     generation.warm_until = generation.kept_until = generation.deadline = generation.drain_budget = None
@@ -294,6 +296,8 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
     state = turn.state
     operations: tuple[int, ...] = ()
     change, promote = state.change, state.promote
+    if promote is not None and promote.generation == generation.id and _goes_short(turn, promote, reason):
+        return
     if change is not None and change.generation == generation.id:
         state.change = None
         operations += change.operations
@@ -316,6 +320,20 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
             turn.terminate(generation, worker, "it is no longer needed")
     if promote is not None and promote.previous is not None and state.promote is None:
         _go_on(turn, state.generations[promote.previous], generation)
+
+
+def _goes_short(turn: Turn, promote: m.Promote, reason: str) -> bool:
+    """Whether what serves nobody any more serves again with those workers that it has: `check` sees to that."""
+    generation, able = turn.state.generations[promote.generation], []
+    if generation.id == turn.state.current and promote.phase is PromotePhase.MUSTER:
+        able = staffing.able(turn, generation)
+    if not able or turn.state.stopping is not None:
+        return False
+    generation.missing, generation.deadline = generation.target - len(able), None
+    turn.say("warning", "generation-short", generation, None, reason=reason, missing=generation.missing)
+    for worker in generation.having(frozenset({WorkerState.BOOTING})):
+        turn.terminate(generation, worker, "its generation serves without it")
+    return True
 
 
 def _go_on(turn: Turn, current: m.Generation, failed: m.Generation) -> None:

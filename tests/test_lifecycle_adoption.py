@@ -202,6 +202,24 @@ def test_old_workers_that_made_room_for_new_ones_that_never_came_serve_again() -
     assert serving(world) == before
 
 
+def test_an_old_worker_that_can_serve_again_does_though_the_others_can_not_be_started_any_more() -> None:
+    world = recorded(strategy=Strategy.REPLACE, replace_timeout=20.0)
+    first, second = world.serving()
+    second.work_s = 10.0
+    world.reload()
+    until_phase(world, PromotePhase.CLEAR)
+    world.run(2.0)
+    assert not first.alive
+    world.deploy("exits")
+    world.kill_master()
+    world.run(30.0)
+    assert serving(world) == {second.key}
+    assert world.state.generations[1].missing == 1
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    calm(world)
+
+
 def test_what_was_given_up_is_not_gone_back_to_by_the_next_master() -> None:
     world = reloaded(park_for=100.0)
     for process in world.serving():
