@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -173,11 +175,85 @@ def broker(directory: Path, *lines: str) -> Iterator[Broker]:
 
 
 PERSISTENT = ("persistence true", "autosave_on_changes true", "autosave_interval 1")
+"""mosquitto writes all of it down after each change, before it reads on."""
 
 
 def persistent(directory: Path) -> Broker:
     """A broker that still has its sessions after it was killed; it isn't started."""
     return Broker(directory, *PERSISTENT, f"persistence_location {directory}/")
+
+
+class Proxy:
+    """Between connectors and a broker: slow, silent or broken when a test wants it to be."""
+
+    def __init__(self, server: Broker, latency: Callable[[], float] = lambda: 0.0, port: int = 0) -> None:
+        self.port = port
+        self.accepted = 0
+        """How many connections there were."""
+        self._server = server
+        self._latency = latency
+        self._answering = asyncio.Event()
+        self._answering.set()
+        self._open: set[asyncio.StreamWriter] = set()
+        self._relaying: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Proxy:
+        self._listening = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._listening.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._listening.close()
+        self.reset()
+        for each in set(self._relaying):
+            each.cancel()
+            await asyncio.wait({each})
+
+    async def another(self) -> None:
+        """Wait for one more."""
+        accepted = self.accepted
+        await until(lambda: self.accepted > accepted)
+
+    def silence(self) -> None:
+        """On connections from here on nothing comes back from the broker."""
+        self._answering = asyncio.Event()
+
+    def speak(self) -> None:
+        """What was held back comes, and what follows."""
+        self._answering.set()
+
+    def reset(self) -> None:
+        """Break all connections, without a good-bye, on both sides."""
+        for each in list(self._open):
+            sock = each.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            each.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        answering = self._answering
+        there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
+        for relay in (self._relay(reader, back, None), self._relay(there, writer, answering)):
+            task = asyncio.create_task(relay)
+            self._relaying.add(task)
+            task.add_done_callback(self._relaying.discard)
+
+    async def _relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event | None
+    ) -> None:
+        self._open.add(writer)
+        # uvloop has a RuntimeError for what was closed meanwhile
+        with contextlib.suppress(OSError, RuntimeError):
+            while data := await reader.read(2**16):
+                await asyncio.sleep(self._latency())
+                if gate is not None:
+                    await gate.wait()
+                writer.write(data)
+                await writer.drain()
+        self._open.discard(writer)
+        with contextlib.suppress(OSError, RuntimeError):
+            writer.close()
 
 
 def fact(number: int, sender: str = "beta", **more: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,10 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hsp_harness import NOTHING, Tally, broker, dynamic_security, persistent, publisher
+from hsp_harness import NOTHING, Tally, broker, dynamic_security, fact, persistent, publish, publisher
 from scenario import DEADLINE_S, ROOT, Client, Segue, supervised
 
 from bench.broker import Broker
+
+SLOW_APP = """
+import asyncio
+
+import hsp_app
+
+write_down = hsp_app._write_down
+
+
+async def slowly(message):
+    await asyncio.sleep(0.01)
+    write_down(message)
+
+
+hsp_app._write_down = slowly
+app = hsp_app.app
+"""
+FACTS = "hsp/knowledge/facts/bench"
 
 
 def configure(directory: Path, server: Broker, **more: Any) -> None:
@@ -27,12 +46,15 @@ def configure(directory: Path, server: Broker, **more: Any) -> None:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, server: Broker, workers: int = 1, **more: Any) -> Iterator[Segue]:
+def serving(
+    directory: Path, server: Broker, workers: int = 1, app: str = "hsp_app:app", **more: Any
+) -> Iterator[Segue]:
     directory.mkdir()
     shutil.copy(ROOT / "bench" / "hsp_app.py", directory / "hsp_app.py")
+    (directory / "slow_app.py").write_text(SLOW_APP)
     configure(directory, server, **more)
     env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
-    with supervised("hsp_app:app", "--workers", str(workers), cwd=directory, env=env) as master:
+    with supervised(app, "--workers", str(workers), cwd=directory, env=env) as master:
         master.wait_status(connected)
         yield master
         master.stop(None)
@@ -137,6 +159,99 @@ def test_a_new_generation_whose_subscription_is_refused_does_not_begin(tmp_path:
         assert connected(master.status())
         configure(code, server, **who)
         master.reload()
+
+
+SOME = ("tasks", "capabilities", "acknowledgements", "_swap")
+"""What an agent needs beside facts."""
+
+
+def rights(path: Path) -> str:
+    """An access control list: `ann` may do anything but read secrets, `mute` knows no facts, `deaf` may only tell some."""
+    some = "\n".join(f"topic readwrite hsp/{each}/#" for each in SOME)
+    path.write_text(
+        f"user ann\n{some}\ntopic readwrite hsp/knowledge/#\ntopic write hsp/secret/#\n\n"
+        f"user mute\n{some}\n\nuser deaf\n{some}\ntopic write hsp/knowledge/#\n"
+    )
+    path.chmod(0o600)
+    return f"acl_file {path}"
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+def test_a_new_generation_whose_subscription_is_granted_and_never_served_does_not_begin(
+    tmp_path: Path, version: str
+) -> None:
+    code = tmp_path / "code"
+    who: dict[str, Any] = {"username": "ann", "mqtt_version": version}
+    not_served: list[tuple[dict[str, Any], str]] = [
+        ({"username": "mute"}, "hsp/knowledge/facts/#"),
+        ({"username": "deaf"}, "hsp/knowledge/facts/#"),
+        ({"filters": ["hsp/knowledge/facts/#", "hsp/secret/#"]}, "hsp/secret/#"),
+    ]
+    acl = rights(tmp_path / "rights")
+    with (
+        broker(tmp_path, acl) as server,
+        broker(tmp_path / "other", acl) as other,
+        serving(code, server, workers=2, **who) as master,
+    ):
+        with publisher(server, 100, user="ann") as published:
+            for changed, denied in not_served:
+                configure(code, server, **who | changed)
+                refused = master.command("reload")
+                assert refused.returncode != 0
+                assert f"grants the subscription to {denied}, but does not serve it" in refused.stderr
+                assert connected(master.status())
+                count = received(code).count
+                assert wait_received(code, count + 1).count > count
+            # where the one that serves isn't, nobody can be asked: what the new one may tell itself says it
+            configure(code, other, **who | {"username": "deaf"})
+            refused = master.command("reload")
+            assert refused.returncode != 0
+            assert "grants the subscription to hsp/knowledge/facts/#" in refused.stderr
+            configure(code, server, **who)
+            master.reload()
+        tally = wait_received(code, sum(published.sent))
+        assert tally.verdict(published.sent) == NOTHING
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize(
+    "changed",
+    [{"filters": ["hsp/knowledge/#"]}, {"client_id_prefix": "other"}, {"ai_id": "gamma"}],
+    ids=["filters", "client-id", "agent"],
+)
+def test_a_new_generation_that_is_set_otherwise_loses_doubles_and_reorders_nothing(
+    tmp_path: Path, version: str, changed: dict[str, Any]
+) -> None:
+    code = tmp_path / "code"
+    with broker(tmp_path) as server, serving(code, server, workers=2, mqtt_version=version) as master:
+        with publisher(server, 200) as published:
+            for more in (changed, {}, changed):
+                configure(code, server, mqtt_version=version, **more)
+                master.reload()
+                wait_received(code, received(code).count + 50)
+            assert master.command("rollback").returncode == 0
+            wait_received(code, received(code).count + 50)
+        tally = wait_received(code, sum(published.sent))
+        assert tally.verdict(published.sent) == NOTHING
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+def test_a_new_generation_at_another_broker_leaves_nothing_undone_at_the_old_one(
+    tmp_path: Path, version: str
+) -> None:
+    code = tmp_path / "code"
+    more: dict[str, Any] = {"mqtt_version": version, "drain_timeout_s": 20.0}
+    with (
+        broker(tmp_path / "one") as one,
+        broker(tmp_path / "two") as two,
+        serving(code, one, app="slow_app:app", **more) as master,
+    ):
+        numbers = range(200)
+        asyncio.run(publish(one, *((f"{FACTS}/0", fact(number)) for number in numbers)))
+        configure(code, two, **more)
+        master.reload()
+        asyncio.run(publish(two, *((f"{FACTS}/0", fact(number)) for number in range(200, 210))))
+        assert wait_received(code, 210).seen == {0: list(range(210))}
 
 
 def test_what_waits_for_the_broker_goes_on_over_a_new_generation(tmp_path: Path) -> None:

@@ -88,25 +88,27 @@ async def test_a_swap_with_nothing_changed_keeps_broker_identity_and_filters(tmp
             await tally.reach(1)
 
 
-async def test_retained_messages_are_taken_once_over_swaps_and_new_filters_get_theirs(tmp_path: Path) -> None:
-    for version in ("5", "3.1.1"):
-        tally = Tally()
-        with broker(tmp_path / version) as server:
-            await publish(server, (f"{FACTS}/0", fact(0)), retain=True)
-            await publish(server, ("sensors/now", fact(1)), retain=True)
-            async with agent(settings(server, mqtt_version=version), tally) as alpha:
-                for _ in range(3):
-                    await alpha.swap()
-                await publish(server, (f"{FACTS}/0", fact(2)))
-                await tally.has(2)
-                assert tally.seen[0] == [0, 2]
-                filters = ("hsp/knowledge/facts/#", "sensors/#")
-                await alpha.swap(settings(server, mqtt_version=version, filters=filters))
-                await tally.has(1)
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_retained_messages_are_taken_once_over_swaps_and_new_filters_get_theirs(
+    tmp_path: Path, version: Any
+) -> None:
+    tally = Tally()
+    with broker(tmp_path) as server:
+        await publish(server, (f"{FACTS}/0", fact(0)), retain=True)
+        await publish(server, ("sensors/now", fact(1)), retain=True)
+        async with agent(settings(server, mqtt_version=version), tally) as alpha:
+            for _ in range(3):
                 await alpha.swap()
-                await publish(server, (f"{FACTS}/0", fact(3)))
-                await tally.has(3)
-                assert tally.seen[0] == [0, 2, 1, 3]
+            await publish(server, (f"{FACTS}/0", fact(2)))
+            await tally.has(2)
+            assert tally.seen[0] == [0, 2]
+            filters = ("hsp/knowledge/facts/#", "sensors/#")
+            await alpha.swap(settings(server, mqtt_version=version, filters=filters))
+            await tally.has(1)
+            await alpha.swap()
+            await publish(server, (f"{FACTS}/0", fact(3)))
+            await tally.has(3)
+            assert tally.seen[0] == [0, 2, 1, 3]
 
 
 async def test_publishes_in_flight_are_finished_before_the_old_connector_leaves(tmp_path: Path) -> None:
@@ -207,9 +209,11 @@ async def test_what_is_not_acknowledged_is_asked_for_again_by_the_new_connector(
     with broker(tmp_path) as server:
         async with agent(settings(server, ack_timeout_s=0.5, ack_retries=20)) as alpha:
             old = alpha.current
-            wants = old._wants(True)
-            letter = old._letter("hsp/elsewhere", envelope(FACT, {"number": 1}, sender="alpha", qos=wants))
-            await old._outbox.post(letter)
+            wants = old._letters.wants(True)
+            letter = old._letters.letter(
+                "hsp/elsewhere", envelope(FACT, {"number": 1}, sender="alpha", qos=wants)
+            )
+            await old._letters.outbox.post(letter)
             await alpha.swap()
             sent = await heard(server, "hsp/elsewhere", lambda: asyncio.sleep(0))
             assert sent["message_id"] == letter.id

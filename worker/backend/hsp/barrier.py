@@ -4,48 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from segue.worker.backend.hsp import envelope as envelopes
 from segue.worker.backend.hsp.errors import BarrierError
 from segue.worker.backend.hsp.subscription import Mode, Subscription, Watch, first
-from segue.worker.backend.hsp.topics import Topics
+from segue.worker.backend.hsp.topics import Topics, matches
 
 Publish = Callable[[str, bytes], Awaitable[None]]
 """With the quality of service of the data: another one's messages take another way through the broker."""
+Probe = Callable[[Collection[str], bytes], Awaitable[set[str]]]
+"""Publishes a message to topics as far as that is permitted; returns where the broker has taken it for certain."""
 
 
 async def rehearse(
-    old: Subscription | None,
-    new: Subscription,
-    topics: Topics,
-    publish: Publish,
-    probe: Callable[[list[str], bytes], Awaitable[None]],
-    timeout_s: float,
+    old: Subscription, new: Subscription, topics: Topics, publish: Publish, probe: Probe, timeout_s: float
 ) -> None:
     """Show that a cut is possible: a token goes through both, and a probe through every filter that is subscribed to.
 
-    A broker may grant a subscription that it never serves, and take a message that it never passes on. So what the old
-    one gets, the new one must get; where there is no old one, only the token counts. `probe` publishes a message to
-    topics as far as that is permitted. Raises `BarrierError`, `LinkError`.
+    Raises `BarrierError`, `LinkError`.
     """
     token = uuid.uuid4().hex
-    both = [each for each in (old, new) if each is not None]
-    watches = [each.watch(token) for each in both]
+    watches = [each.watch(token) for each in (old, new)]
     try:
-        probes = topics.probes() if old is not None else {}
-        if probes:
-            await probe(list(probes.values()), _probe(token, topics.ai_id))
+        taken = await probe(topics.probes().values(), probe_message(token, topics.ai_id))
         await publish(topics.marker, token.encode())
-        await _seen(both, watches, topics, timeout_s)
-        missing = [name for name, topic in probes.items() if topic in watches[0].probes - watches[-1].probes]
-        if missing:
-            raise BarrierError(
-                f"the broker grants the subscription to {', '.join(missing)}, but does not serve it"
-            )
+        await _seen([old, new], watches, topics, timeout_s)
+        check_served(topics, taken, watches[0].probes, old.filters, watches[1].probes)
     finally:
-        for each, watch in zip(both, watches, strict=True):
+        for each, watch in zip((old, new), watches, strict=True):
             each.unwatch(watch)
+
+
+def check_served(
+    topics: Topics,
+    taken: Collection[str],
+    heard: Collection[str],
+    listened: Collection[str],
+    got: Collection[str],
+) -> None:
+    """Compare where probes went out with where they came in: a broker may grant a subscription that it never serves.
+
+    What the old one `heard`, with filters `listened`, the new one must get, and what the broker has `taken` for a filter
+    that the old one doesn't have. What it has taken and not even given to the old one says nothing. Raises `BarrierError`.
+    """
+    missing = [
+        name
+        for name, topic in topics.probes().items()
+        if topic not in got
+        and (topic in heard or (topic in taken and not any(matches(each, topic) for each in listened)))
+    ]
+    if missing:
+        raise BarrierError(
+            f"the broker grants the subscription to {', '.join(missing)}, but does not serve it"
+        )
 
 
 async def cut(
@@ -76,12 +88,18 @@ async def _seen(both: list[Subscription], watches: list[Watch], topics: Topics, 
                 if not watch.seen.is_set():
                     raise BarrierError(f"a connection of the swap was lost: {each.reason}")
     except TimeoutError:
-        raise BarrierError(
-            f"the broker did not pass a message on topic {topics.marker} on within {timeout_s:g} s: "
-            "may this user read from and write to it?"
-        ) from None
+        raise not_passed_on(topics, timeout_s) from None
 
 
-def _probe(token: str, ai_id: str) -> bytes:
+def not_passed_on(topics: Topics, timeout_s: float) -> BarrierError:
+    """A token did not come back."""
+    return BarrierError(
+        f"the broker did not pass a message on topic {topics.marker} on within {timeout_s:g} s: "
+        "may this user read from and write to it?"
+    )
+
+
+def probe_message(token: str, ai_id: str) -> bytes:
+    """One that means nothing to anybody but who looks out for `token`."""
     message = envelopes.envelope(envelopes.PROBE, {"token": token}, sender=ai_id, recipient=ai_id)
     return envelopes.encode(message)

@@ -55,9 +55,13 @@ class Arrived(asyncio.Queue[aiomqtt.Message]):
 
 
 def build(
-    settings: HSPSettings, client_id: str, arrived: Arrived, *, fresh: bool, durable: bool, will: Will | None
+    settings: HSPSettings, client_id: str, arrived: Arrived, *, durable: bool, will: Will | None
 ) -> aiomqtt.Client:
-    """One that isn't connected yet. Raises `OSError` and `ValueError` for certificates that can't be used."""
+    """One that isn't connected yet. Raises `OSError` and `ValueError` for certificates that can't be used.
+
+    A durable session is never begun with MQTT 5's clean start: mosquitto keeps such a one in memory, but doesn't write it
+    down, whatever its expiry is, so that it is gone once the broker has crashed.
+    """
     host, port = settings.address
     version = aiomqtt.ProtocolVersion.V5 if settings.v5 else aiomqtt.ProtocolVersion.V311
     properties = None
@@ -75,7 +79,7 @@ def build(
         protocol=version,
         clean_session=None if settings.v5 else not durable,
         # with MQTT 3.1.1 it must be this, and means nothing
-        clean_start=fresh or not durable if settings.v5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
+        clean_start=not durable if settings.v5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
         properties=properties,
         keepalive=settings.keepalive_s,
         timeout=settings.connect_timeout_s,

@@ -1,6 +1,6 @@
 """`HSPConnector`: the agent that the service is for others, over an MQTT broker, or in the process while there is none.
 
-One worker of the generation is activated and holds the agent's subscription; all of them may publish and request. How a
+What it says goes out through `correspondence`, what it hears comes in through `holder` and `inbox`. One worker of the generation is activated and holds the agent's subscription; all of them may publish and request. How a
 subscription passes on without losing a message is said in `subscription`. aiomqtt is imported once a broker is configured.
 """
 
@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-import msgspec
 
 from segue.worker.backend.hsp import envelope as envelopes
 from segue.worker.backend.hsp import payloads
 from segue.worker.backend.hsp.continuity import Continuity, Handler, Offer, TaskHandler
+from segue.worker.backend.hsp.correspondence import Correspondence
 from segue.worker.backend.hsp.elsewhere import connected_elsewhere
-from segue.worker.backend.hsp.envelope import Envelope, QoSParameters
-from segue.worker.backend.hsp.errors import HSPError, InvalidMessageError, LinkError
-from segue.worker.backend.hsp.fallback import Fallback
+from segue.worker.backend.hsp.envelope import Envelope
+from segue.worker.backend.hsp.errors import HSPError, LinkError
 from segue.worker.backend.hsp.inbox import Inbox
-from segue.worker.backend.hsp.outbox import Letter, Outbox
-from segue.worker.backend.hsp.payloads import Advertisement, Capability, TaskRequest
+from segue.worker.backend.hsp.payloads import Advertisement, Capability, TaskResult
 from segue.worker.backend.hsp.peers import Peer, Peers
-from segue.worker.backend.hsp.requests import Requests
+from segue.worker.backend.hsp.records import Records
 from segue.worker.backend.hsp.seen import Seen
 from segue.worker.backend.hsp.settings import HSPSettings
-from segue.worker.backend.hsp.spool import Spool
 from segue.worker.backend.hsp.topics import Topics
-from segue.worker.backend.places import state_directory
 
 if TYPE_CHECKING:
     from segue.worker.backend.hsp.holder import Holder
@@ -45,7 +38,6 @@ _FLUSH_S = 2.0
 """How long a publish in flight, or what was kept, may take when a connector leaves."""
 _LOOK_AGAIN_S = 5.0
 """How often it looks for what nobody tells."""
-_MAX_TIMEOUT_S = 3600.0
 _Status = Literal["online", "offline"]
 _FALLBACK = "embedded fallback: messages stay in this process"
 
@@ -78,7 +70,7 @@ class HSPConnector:
         self.learning: Learning = learning or (previous.learning if previous else _OwnLearning())
         self._known: Continuity = previous._known if previous else Continuity(Seen(settings.dedupe_window))
         self._topics = Topics.of(settings, uuid.uuid4().hex[:8])
-        self._requests = Requests(self._answered)
+        self._records = Records(settings, self._topics.instance)
         self._inbox = Inbox(
             settings,
             self._topics,
@@ -86,10 +78,11 @@ class HSPConnector:
             self._answer,
             heard=self._heard,
             acknowledged=self._acknowledged,
-            resolved=self._requests.resolve,
+            resolved=self._resolved,
         )
-        self._outbox = Outbox(settings, self._send, lambda: self.connected, self._deliver_here)
-        self._fallback = Fallback(self._topics, self._inbox.receive)
+        self._letters = Correspondence(
+            settings, self._topics, self._records, self._inbox.receive, self._answered
+        )
         self._mailbox: Mailbox | None = None
         self._holder: Holder | None = None
         """Both are there if, and only if, a broker is configured."""
@@ -107,10 +100,10 @@ class HSPConnector:
         """Connect; without a broker, work in the process until it is there.
 
         Beside a connector that is connected, in this process or in the generation that serves, it has to do as well as
-        that: raises `LinkError` if the broker can't be reached or refuses, and in this process also if it grants what it
-        doesn't serve, or if the two can't be lined up.
+        that: raises `LinkError` if the broker can't be reached, refuses, or grants what it doesn't serve, and in this
+        process also if the two can't be lined up.
         """
-        self._spawn(self._outbox.retry())
+        self._spawn(self._letters.outbox.retry())
         self._spawn(self._look_again())
         previous = self._previous
         if self.settings.host:
@@ -125,17 +118,20 @@ class HSPConnector:
         from segue.worker.backend.hsp.mailbox import Mailbox
 
         mailbox = Mailbox(self.settings, self._topics, self._inbox.receive, self._on_connected)
-        will = self._encoded(self._advertisement("offline"))
-        self._mailbox = mailbox
+        will = self._letters.encoded(self._advertisement("offline"))
+        self._mailbox = self._letters.mailbox = mailbox
         self._holder = Holder(
             self.settings, self._topics, self._known, mailbox, self._inbox, will, self._advertise
         )
+        beside = must or (self._previous is None and await connected_elsewhere())
         try:
             await mailbox.open()
             if self._previous is None:
-                await self._holder.try_out()
+                await self._holder.try_out(compare=beside)
+                if beside:
+                    await self._holder.reserve()
         except LinkError as error:
-            if must or (self._previous is None and await connected_elsewhere()):
+            if beside:
                 raise
             _log.warning("event=hsp-fallback reason=%s", error)
         mailbox.keep()
@@ -143,9 +139,21 @@ class HSPConnector:
     async def activate(self) -> None:
         """Hold the agent's subscription. If the broker isn't there, as soon as it is."""
         self._active = True
-        self._known.seen.attach(self._window(), self.settings.dedupe_window)
+        self._known.seen.attach(self._records.window, self.settings.dedupe_window)
+        before = self._records.begin()
+        if before is not None:
+            self._known.seen.learn(before)
         if self._holder is not None:
+            await self._take_over_from_skipped(self._holder)
             await self._holder.hold()
+
+    async def _take_over_from_skipped(self, holder: Holder) -> None:
+        """Those before it that were replaced before they came to be activated."""
+        each = self._previous
+        while each is not None:
+            if each._holder is not None:
+                await each._holder.skip(holder)
+            each = each._previous
 
     async def deactivate(self) -> None:
         """Begin nothing more, and leave the subscription where the next one goes on with it."""
@@ -153,12 +161,13 @@ class HSPConnector:
         heir = self._heir
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
-                await self._outbox.drained()
+                await self._letters.outbox.drained()
         if self._holder is not None:
             if heir is not None and heir._holder is None:
                 await self._holder.retire()
             else:
                 await self._holder.pass_on(heir._holder if heir is not None else None)
+        self._records.end()
         if heir is None:
             self._known.seen.detach()
         elif self._is_other_agent(heir):
@@ -177,15 +186,10 @@ class HSPConnector:
         if heir is not None:
             heir._inbox.adopt(self._inbox)
             heir._previous = None
+            await self._letters.pass_on(heir._letters)
         else:
             await self._inbox.finish(self.settings.drain_timeout_s)
-        await self._fallback.close()
-        self._requests.fail_all(HSPError(503, "the connector was closed before the result came"))
-        if heir is not None:
-            heir._outbox.adopt(self._outbox, heir._readdress)
-            await heir._outbox.flush()
-        else:
-            await self._send_the_rest(last=previous is None)
+            await self._letters.finish(_FLUSH_S, self._say_goodbye if previous is None else None)
         for task in list(self._tasks):
             task.cancel()
             await asyncio.wait({task})
@@ -193,6 +197,7 @@ class HSPConnector:
             await self._mailbox.close()
         if heir is None and previous is None:
             self._known.seen.detach()
+        self._records.close()
         self._previous = None
 
     def health(self) -> dict[str, Any]:
@@ -214,8 +219,8 @@ class HSPConnector:
             "hsp_available": True,
             "is_connected": self._reason() is None and self._mailbox is not None,
             "fallback_enabled": not self.connected,
-            "pending_acks_count": self._outbox.pending,
-            "retry_counts_active": self._outbox.retrying,
+            "pending_acks_count": self._letters.outbox.pending,
+            "retry_counts_active": self._letters.outbox.retrying,
             "received": counts.received,
             "handled": counts.handled,
             "invalid": counts.invalid,
@@ -223,13 +228,13 @@ class HSPConnector:
             "handler_errors": counts.handler_errors,
             "tasks_done": counts.tasks,
             "tasks_running": self._inbox.tasks,
-            "requests_waiting": len(self._requests),
-            "published": self._outbox.published,
-            "unacknowledged": self._outbox.unacknowledged,
-            "unsent": self._outbox.unsent,
-            "dropped": self._outbox.dropped,
-            "breakers_open": self._outbox.breakers.open,
-            "delivered_here": self._fallback.delivered,
+            "requests_waiting": len(self._letters.requests),
+            "published": self._letters.outbox.published,
+            "unacknowledged": self._letters.outbox.unacknowledged,
+            "unsent": self._letters.outbox.unsent,
+            "dropped": self._letters.outbox.dropped,
+            "breakers_open": self._letters.outbox.breakers.open,
+            "delivered_here": self._letters.fallback.delivered,
             "connections": self._mailbox.connections if self._mailbox else 0,
             "gaps": counts.gaps,
             "peers": len(self.learning.peers),
@@ -240,7 +245,7 @@ class HSPConnector:
     @property
     def connected(self) -> bool:
         """Whether there is a broker to publish to."""
-        return self._mailbox is not None and self._mailbox.connected
+        return self._letters.connected
 
     @property
     def ai_id(self) -> str:
@@ -264,18 +269,7 @@ class HSPConnector:
 
         With `requires_ack` it is sent again until somebody acknowledges it. Raises `HSPError`.
         """
-        try:
-            topic = self._topics.fact(topic_suffix)
-        except ValueError as error:
-            raise HSPError(400, str(error)) from None
-        message = envelopes.envelope(
-            envelopes.FACT,
-            dict(payload),
-            sender=self._topics.ai_id,
-            qos=self._wants(requires_ack),
-        )
-        await self._outbox.post(self._letter(topic, message))
-        return message.message_id
+        return await self._letters.tell(topic_suffix, payload, requires_ack=requires_ack)
 
     async def request_task(
         self,
@@ -289,41 +283,8 @@ class HSPConnector:
         Without a recipient: one that is known to be able to, else whoever is. Raises `HSPError`: 404 when it can't do
         that, 502 when it fails to, 504 when there is no answer within `timeout_s`.
         """
-        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
-            raise HSPError(400, f"timeout takes seconds above 0, up to {_MAX_TIMEOUT_S:g}")
-        if recipient is not None and (not recipient or len(recipient) > 128 or set(recipient) & set("/+#\0")):
-            raise HSPError(400, f"{recipient!r} is no name of an agent")
-        recipient = recipient or self.learning.peers.able(capability)
-        request = TaskRequest(
-            uuid.uuid4().hex, self._topics.ai_id, capability, dict(payload), self._topics.results
-        )
-        try:
-            said = payloads.written(request)
-        except InvalidMessageError as error:
-            raise HSPError(400, str(error)) from None
-        message = envelopes.envelope(
-            envelopes.TASK_REQUEST,
-            said,
-            sender=self._topics.ai_id,
-            recipient=recipient,
-            pattern="request",
-            correlation=request.request_id,
-            # of all who hear it, those would acknowledge it, too, who can't do it
-            qos=self._wants(recipient is not None),
-        )
-        letter = self._letter(self._topics.request(recipient), message)
-        letter.given_up = lambda reason: self._requests.fail(request.request_id, HSPError(504, reason))
-        result = self._requests.expect(request.request_id)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._outbox.post(letter)
-                return await result
-        except TimeoutError:
-            who = recipient or "nobody"
-            raise HSPError(504, f"{who} has not done {capability!r} within {timeout_s:g} s") from None
-        finally:
-            self._outbox.forget(letter.id)
-            self._requests.forget(request.request_id)
+        recipient = self.learning.peers.able(capability) if recipient is None else recipient
+        return await self._letters.ask(capability, payload, recipient, timeout_s)
 
     def on(self, message_type: str, handler: Handler) -> Callable[[], None]:
         """Have `handler` called with each message of a type; returns what ends that. It goes on over swaps."""
@@ -364,8 +325,8 @@ class HSPConnector:
         self._spawn(self._after_connecting())
 
     async def _after_connecting(self) -> None:
-        await self._outbox.flush()
-        await self._resume_letters()
+        await self._letters.outbox.flush()
+        await self._letters.resume()
         if self._active and self._holder is not None:
             await self._holder.appear()
 
@@ -381,49 +342,29 @@ class HSPConnector:
 
     async def _say(self, status: _Status) -> None:
         with contextlib.suppress(HSPError):  # who may not be heard isn't kept from working
-            await self._outbox.post(
-                self._letter(self._topics.advertisement, self._advertisement(status), retain=True)
-            )
+            await self._letters.say(self._topics.advertisement, self._advertisement(status), retain=True)
 
     async def _look_again(self) -> None:
         """What it can do may change, and another process leave something undone, without anybody saying so."""
         while True:
             await asyncio.sleep(_LOOK_AGAIN_S)
             if self._active and self.connected:
-                await self._resume_letters()
+                await self._letters.resume()
                 if self._said != self.capabilities:
                     await self._say("online")
 
     def _advertise_soon(self) -> None:
         self._spawn(self._advertise())
 
-    def _wants(self, requires_ack: bool) -> QoSParameters:
-        return QoSParameters(
-            requires_ack=requires_ack, ack_address=self._topics.acknowledgements if requires_ack else None
-        )
-
-    def _encoded(self, message: Envelope) -> bytes:
-        return envelopes.encode(message, self.settings.max_message_bytes)
-
-    def _letter(self, topic: str, message: Envelope, *, retain: bool = False) -> Letter:
-        try:
-            return Letter(topic, message, self._encoded(message), retain=retain)
-        except InvalidMessageError as error:
-            raise HSPError(400, f"it is no valid message: {error}") from None
-
     async def _answer(self, topic: str, message: Envelope) -> None:
-        if self._closed and self._heir is not None:  # a task that has outlived this connector
-            await self._heir._answer(topic, message)
-            return
-        await self._outbox.post(Letter(topic, message, self._encoded(message)))
+        await self._letters.answer(topic, message)
 
-    async def _send(self, letter: Letter) -> None:
-        if self._mailbox is None:
-            raise LinkError("no broker is configured")
-        await self._mailbox.publish(letter.topic, letter.data, retain=letter.retain)
+    def _acknowledged(self, message_id: str) -> None:
+        if not self._letters.outbox.acknowledged(message_id) and self._heir is not None:
+            self._heir._acknowledged(message_id)
 
-    def _deliver_here(self, letter: Letter) -> None:
-        self._fallback.deliver(letter.topic, letter.data)
+    def _resolved(self, result: TaskResult) -> None:
+        self._letters.requests.resolve(result)
 
     def _heard(self, advertisement: Advertisement) -> None:
         self.learning.peers.heard(advertisement)
@@ -431,46 +372,15 @@ class HSPConnector:
     def _answered(self, ai_id: str, ok: bool, seconds: float) -> None:
         self.learning.peers.answered(ai_id, ok, seconds)
 
-    def _acknowledged(self, message_id: str) -> None:
-        if not self._outbox.acknowledged(message_id) and self._heir is not None:
-            self._heir._acknowledged(message_id)
-
-    def _readdress(self, letter: Letter) -> None:
-        """The one whom it was to be acknowledged to is gone."""
-        letter.envelope = msgspec.structs.replace(letter.envelope, qos_parameters=self._wants(True))
-        letter.data = self._encoded(letter.envelope)
-
-    async def _send_the_rest(self, *, last: bool) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH_S):
-                seat = self._mailbox.seat if self._mailbox is not None else None
-                if last and seat is not None and seat.holder == self._topics.instance:
-                    await self._say_goodbye()  # nobody has taken over
-                await self._outbox.flush()
-                await self._outbox.drained()
-        letters = self._outbox.unfinished() if self.settings.host else []
-        try:
-            self._spool().leave(letters)
-        except OSError as error:
-            _log.error("event=hsp-unsent count=%d reason=%s", len(letters), error)
-
-    async def _resume_letters(self) -> None:
-        """What a process before could not bring to an end."""
-        letters = self._spool().take(self.settings.max_message_bytes)
-        for letter in letters:
-            if letter.wants_answer:
-                self._readdress(letter)
-        self._outbox.resume(letters)
-        if letters:
-            await self._outbox.flush()
-
     def _is_other_agent(self, heir: HSPConnector) -> bool:
         """Whether nobody speaks for this agent any more once the other one does."""
         before, now = self._holder, heir._holder
         return before is not None and (now is None or now.place != before.place)
 
     async def _say_goodbye(self) -> None:
-        if self.connected:
+        """Unless somebody else has taken over."""
+        seat = self._mailbox.seat if self._mailbox is not None else None
+        if self.connected and seat is not None and seat.holder == self._topics.instance:
             await self._say("offline")
 
     def _reason(self) -> str | None:
@@ -480,18 +390,6 @@ class HSPConnector:
         if not self._mailbox.connected:
             return self._mailbox.reason or "it is not connected"
         return self._holder.reason
-
-    def _spool(self) -> Spool:
-        return Spool(self._window().with_suffix(""), self._topics.instance)
-
-    def _window(self) -> Path:
-        name = "\0".join((self.settings.broker, self.settings.topic_prefix, self._topics.ai_id))
-        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        try:
-            return state_directory() / "hsp" / f"{digest}.seen"
-        except OSError as error:
-            _log.warning("event=hsp-window-not-kept reason=%s", error)
-            return Path("/dev/null/hsp")
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

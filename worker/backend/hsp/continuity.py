@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from segue.worker.backend.hsp.envelope import Envelope
+from segue.worker.backend.hsp.leaving import Leaving
 from segue.worker.backend.hsp.payloads import Capability
 from segue.worker.backend.hsp.seen import Seen
 
@@ -64,6 +65,7 @@ class Continuity:
     problems: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_PROBLEMS))
     retained: OrderedDict[str, str] = field(default_factory=OrderedDict)
     """The id of the last retained message of each topic: it comes again with every connection."""
+    leaving: Leaving = field(default_factory=Leaving)
     _logged: float = 0.0
 
     def offered(self) -> dict[str, Capability]:

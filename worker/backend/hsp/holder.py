@@ -10,22 +10,26 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
-from segue.worker.backend.hsp.barrier import cut, rehearse
+from segue.worker.backend.hsp.barrier import Probe, cut, rehearse
 from segue.worker.backend.hsp.client import Will
 from segue.worker.backend.hsp.continuity import Continuity
 from segue.worker.backend.hsp.errors import LinkError
 from segue.worker.backend.hsp.inbox import Inbox
-from segue.worker.backend.hsp.link import Link, Message
+from segue.worker.backend.hsp.leaving import Name
+from segue.worker.backend.hsp.link import Link
 from segue.worker.backend.hsp.mailbox import Mailbox
 from segue.worker.backend.hsp.scout import rights, send_probes
 from segue.worker.backend.hsp.settings import HSPSettings
-from segue.worker.backend.hsp.subscription import Mode, Subscription
+from segue.worker.backend.hsp.subscription import Mode, Subscription, ended
 from segue.worker.backend.hsp.topics import Topics
+from segue.worker.backend.hsp.trial import Trial, Witness
 
 _log = logging.getLogger("segue.hsp")
+
+_RESERVE_TRIES = 5
 
 
 class Holder:
@@ -56,16 +60,19 @@ class Holder:
         """The one that is in use; only while it is wanted."""
         self.trouble: str | None = None
         """Why there is none though there should be."""
-        self.tidying: asyncio.Task[None] | None = None
-        """The other session is on its way out."""
         self._known = known
         self._inbox = inbox
         self._will = will
         self._announce = announce
+        self._reserved: str | None = None
+        """A session that was made before it was needed."""
+        self._moves = False
+        """Whether what is prepared is another agent's, or at another broker."""
         self._wanted = False
         self._seated = 0.0
         self._keeping: asyncio.Task[None] | None = None
         self._announcing: asyncio.Task[None] | None = None
+        self._witness = Witness(settings, topics, mailbox.publish, lambda: self.subscription)
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -81,42 +88,68 @@ class Holder:
 
     # ------------------------------------------------------------------------------------------------- taking it up
 
-    async def try_out(self) -> None:
-        """See whether the broker permits what is to be subscribed to, without disturbing who holds it. Raises `LinkError`."""
-        link = Link(self.settings, f"{self.settings.client_id_prefix}-trial-{self.topics.instance}", _ignore)
-        try:
-            await link.open()
-            await link.subscribe(self.topics.stream, self.settings.qos)
-        finally:
-            await link.close()
+    async def try_out(self, *, compare: bool) -> None:
+        """See whether the broker permits what is to be subscribed to, without disturbing who holds it; with `compare` also
+        whether it serves that as well as it serves them. Raises `LinkError`.
+        """
+        trial = Trial(self.settings, self.topics, self.mailbox.publish)
+        await trial.run(compare=compare, beside=self.mailbox.seat)
+
+    async def reserve(self) -> None:
+        """From here on the broker keeps what comes for an agent that nobody has spoken for yet. Raises `LinkError`.
+
+        The generation that serves is another agent, or at another broker: there will be no session to go on with.
+        """
+        if self.mailbox.seat is not None:
+            return
+        session, tries = self._sessions()[0], _RESERVE_TRIES
+        while self._reserved is None:
+            subscription = self._make(session, Mode.STOP)
+            try:
+                await self._open(subscription, fresh=False)
+            except LinkError:  # perhaps another worker of the generation does the same
+                tries -= 1
+                if tries == 0:
+                    raise
+                await asyncio.sleep(self.settings.reconnect_first_s)
+            else:
+                await subscription.leave()
+                self._reserved = session
 
     async def prepare_beside(self, old: Holder) -> None:
         """Make a subscription that can take the place of `old`'s, if it has one. Raises `LinkError`."""
-        if old.tidying is not None:
-            await asyncio.wait({old.tidying})
         theirs = old.subscription
         if theirs is None or not theirs.alive or not self.mailbox.connected:
             return
         moves = old.place != self.place
         shares = bool(old.settings.shared_group or self.settings.shared_group)
-        self.at_the_cut = not moves and not shares
+        self._moves, self.at_the_cut = moves, not moves and not shares
+        if self.at_the_cut:
+            new = self._make(self._other(theirs.session), Mode.DROP, heard_before=old.topics.stream)
+            await self._open(new, fresh=True)
+            self.prepared = new
+            publish, timeout_s = self.mailbox.publish, self.settings.barrier_timeout_s
+            await rehearse(theirs, new, self.topics, publish, self._prober(old), timeout_s)
+            return
+        trial = Trial(self.settings, self.topics, self.mailbox.publish)
+        await trial.run(compare=moves)
         if moves:
             session, known = self._where()
             new = self._make(session, Mode.WAIT)
-            await new.open(fresh=False, known=known)
+            await self._open(new, fresh=False, known=known)
         else:
-            mode = Mode.WAIT if shares else Mode.DROP
-            new = self._make(self._other(theirs.session), mode, heard_before=old.topics.stream)
-            await new.open(fresh=True)
+            new = self._make(self._other(theirs.session), Mode.WAIT)
+            await self._open(new, fresh=True)
         self.prepared = new
 
-        async def probe(topics: list[str], payload: bytes) -> None:
-            await send_probes(old.settings, topics, payload)
+    def _prober(self, old: Holder) -> Probe:
+        async def probe(topics: Collection[str], payload: bytes) -> set[str]:
+            taken = await send_probes(old.settings, topics, payload)
             if rights(old.settings) != rights(self.settings):
-                await send_probes(self.settings, topics, payload)
+                taken |= await send_probes(self.settings, topics, payload)
+            return taken
 
-        beside = theirs if self.at_the_cut else None
-        await rehearse(beside, new, self.topics, self.mailbox.publish, probe, self.settings.barrier_timeout_s)
+        return probe
 
     async def hold(self) -> None:
         """Handle what comes from here on. If the broker isn't there, as soon as it is."""
@@ -132,7 +165,7 @@ class Holder:
             if prepared is not None and self.lined_up:  # it was lost since: what it has is in its session
                 await prepared.leave()
             elif prepared is not None:
-                await self._discard(prepared, None)
+                await self._discard(prepared, self)
             try:
                 await self._sit_down()
             except LinkError as error:
@@ -149,13 +182,14 @@ class Holder:
         seat = mailbox.seat
         session, known = self._where()
         subscription = self._make(session, Mode.RUN)
-        await subscription.open(fresh=False, known=known)
+        await self._open(subscription, fresh=False, known=known)
         if seat is not None and not subscription.resumed:
             self._known.counts.gaps += 1
             self._known.problem(session, "the broker has not kept the session: messages may be lost")
         self._have(subscription)
-        if (seat is None or seat.holder != self.topics.instance) and self.tidying is None:
-            self.tidying = asyncio.create_task(self._tidy(self._other(session)))
+        if seat is None or seat.holder != self.topics.instance:
+            other = self._other(session)
+            self._known.leaving.begin(self._name(other), self._tidy(other))
         await self.appear()
 
     def _where(self) -> tuple[str, tuple[str, ...]]:
@@ -173,6 +207,13 @@ class Holder:
         one, other = self._sessions()
         return one if session != one else other
 
+    def _name(self, session: str) -> Name:
+        return self.settings.address, session
+
+    async def _open(self, subscription: Subscription, *, fresh: bool, known: tuple[str, ...] = ()) -> None:
+        await self._known.leaving.gone(self._name(subscription.session))
+        await subscription.open(fresh=fresh, known=known)
+
     def _make(self, session: str, mode: Mode, heard_before: tuple[str, ...] = ()) -> Subscription:
         return Subscription(
             self.settings,
@@ -182,6 +223,7 @@ class Holder:
             mode=mode,
             will=Will(self.topics.advertisement, self._will),
             heard_before=heard_before,
+            overhear=self._witness.overhear,
         )
 
     def _have(self, subscription: Subscription) -> None:
@@ -252,11 +294,22 @@ class Holder:
             return
         try:
             if heir is None or not await self._hand_over(subscription, heir):
-                await subscription.stop()
-                await subscription.leave()
+                await self._step_down(subscription, drain=heir is None)
         except BaseException:
             self.subscription = subscription  # `close` leaves it
             raise
+
+    async def _step_down(self, subscription: Subscription, *, drain: bool) -> None:
+        """Leave the session to whoever comes next; with `drain` not before all is handled that is in it now: the next one
+        may be another agent, or at another broker.
+        """
+        if drain and subscription.alive and self.mailbox.connected:
+            try:
+                await subscription.drain(self._mark, self.settings.drain_timeout_s)
+            except LinkError as error:
+                _log.info("event=hsp-not-drained reason=%s", error)
+        await subscription.stop()
+        await subscription.leave()
 
     async def retire(self) -> None:
         """Give the subscription up for good; if that can't be, it is left."""
@@ -283,7 +336,7 @@ class Holder:
                 await old.halt()
                 # from here on the rest is in the other session; not before that is written down may this one go
                 await heir.mailbox.take_seat(prepared.session, tuple(prepared.filters))
-                heir.tidying = asyncio.create_task(old.end())
+                self._known.leaving.begin(self._name(old.session), old.end())
             else:
                 await old.retire(self._mark)
         except LinkError as error:
@@ -295,44 +348,59 @@ class Holder:
     def _mark(self, token: bytes) -> Coroutine[Any, Any, None]:
         return self.mailbox.publish(self.topics.marker, token)
 
+    async def skip(self, heir: Holder) -> None:
+        """It was replaced before it came to hold anything: what waits for it, `heir` goes on with."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is None:
+            return
+        if not self.lined_up:
+            await self._discard(prepared, heir)
+        elif heir.place == self.place:
+            heir.session = prepared.session
+            await prepared.leave()
+        else:
+            await self._retire(prepared, heir)
+
+    async def _discard(self, prepared: Subscription, taker: Holder) -> None:
+        """It isn't needed. What only it was given, as a member of a group, `taker` handles."""
+        if prepared.resumed:
+            await prepared.leave()
+        elif self.at_the_cut or self._moves:
+            await prepared.end()
+        else:
+            await self._retire(prepared, taker)
+
+    async def _retire(self, prepared: Subscription, taker: Holder) -> None:
+        prepared.go(taker._inbox.receive)
+        try:
+            await prepared.retire(self._mark)
+        except LinkError as error:
+            _log.warning("event=hsp-not-retired reason=%s", error)
+            await prepared.stop()
+            await prepared.leave()
+
     async def _let_go(self) -> None:
         self._wanted = False
         keeping, self._keeping = self._keeping, None
         if keeping is not None:
             await ended(keeping)
-
-    async def _discard(self, prepared: Subscription, old: Holder | None) -> None:
-        """It isn't needed. What only it was given, as a member of a group, is handled where it would have been."""
-        if prepared.resumed:
-            await prepared.leave()
-            return
-        if old is not None and not self.at_the_cut and old.place == self.place:
-            with contextlib.suppress(LinkError):
-                await prepared.withdraw(self._mark)
-            for message in prepared.kept():
-                await old._inbox.receive(message.topic.value, bytes(message.payload), message.retain)
-        await prepared.end()
+        if self._announcing is not None:  # where it is must not be said after its successor has said so
+            await asyncio.wait({self._announcing}, timeout=self.settings.barrier_timeout_s)
+        await self._witness.close()
 
     async def close(self, old: Holder | None) -> None:
         """The end; `old` goes on if this one was never used."""
         await self._let_go()
         prepared, self.prepared = self.prepared, None
-        if prepared is not None:
-            await self._discard(prepared, old)
+        if prepared is not None and self.lined_up:  # whoever comes next finds it by its seat
+            await prepared.leave()
+        elif prepared is not None:
+            await self._discard(prepared, old or self)
         if self.subscription is not None:
             await self.subscription.stop()
             await self.subscription.leave()
-        if self.tidying is not None:
-            await asyncio.wait({self.tidying})
+        if self._reserved is not None and not self._seated and self.mailbox.seat is None:
+            self._known.leaving.begin(self._name(self._reserved), self._tidy(self._reserved))
+        await self._known.leaving.all_gone()
         if self._announcing is not None:
             await ended(self._announcing)
-
-
-async def _ignore(_: Message) -> None:
-    pass
-
-
-async def ended(task: asyncio.Task[Any]) -> None:
-    """Cancel a task, and wait until it has ended."""
-    task.cancel()
-    await asyncio.wait({task})

@@ -69,6 +69,8 @@ class Inbox:
             return None
         if message.recipient_ai_id not in {None, envelopes.ALL, self._topics.ai_id}:
             return None
+        if message.message_type == envelopes.PROBE:
+            return None
         key = self._known.seen.key(message.sender_ai_id, message.message_id)
         repeated = retained and self._known.is_repeated(topic, message.message_id)
         if repeated or not self._known.seen.claim(key):

@@ -7,7 +7,8 @@ aiomqtt connects, subscribes and reads; around it is done what it doesn't do, ea
 - a cancelled or timed-out connect leaves a live connection behind: it is awaited and closed beside;
 - it tells neither a refused publish nor a kept session, and a lost connection leaves publishes waiting: paho's callbacks do;
 - messages are acknowledged when handled, at QoS 2 as well (`client`);
-- it registers writers a turn of the loop late, by number, when the socket may be another one's: done at once here;
+- it registers readers and writers a turn of the loop late, by number, when the socket may be another one's, and on uvloop
+  never hears that a connection was reset: `readiness` does that;
 - closing with unread bytes resets the connection, and the broker may never see the DISCONNECT: what still comes is read.
 
 Rejected: a client of our own (its own bugs), and aiomqtt 3 (MQTT 5 only, a pre-release).
@@ -33,6 +34,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from segue.worker.backend.hsp.client import Arrived, Will, build, delay_acknowledgements, properties_of
 from segue.worker.backend.hsp.errors import LinkError, RefusedError
+from segue.worker.backend.hsp.readiness import Readiness
 from segue.worker.backend.hsp.settings import HSPSettings
 
 T = TypeVar("T")
@@ -44,8 +46,8 @@ _log = logging.getLogger("segue.hsp")
 _SLICE_S = 0.005
 """How long messages are handled before everything else on the loop gets its turn."""
 _CLOSE_S = 2.0
-_abandoned: set[asyncio.Task[None]] = set()
-"""Connections that nobody waits for any more, on their way out."""
+_abandoned: dict[str, set[asyncio.Task[None]]] = {}
+"""Connections that nobody waits for any more, on their way out, by client id."""
 _FAILED = 0x80
 _FRESH_SEND = 1
 """MQTT 5: retained messages are sent for a subscription that is new, not for one that was there before."""
@@ -76,7 +78,9 @@ class Link:
         self._thread = threading.get_ident()
         self._client: aiomqtt.Client | None = None
         """Once it is connected."""
+        self._building: aiomqtt.Client | None = None
         self._paho: paho.Client | None = None
+        self._readiness = Readiness(self._loop, self._read, self._write)
         self._pump: asyncio.Task[None] | None = None
         self._inbox = Arrived()
         self._published: dict[int, asyncio.Future[None]] = {}
@@ -90,14 +94,13 @@ class Link:
 
     # ------------------------------------------------------------------------------------------------- connecting
 
-    async def open(self, *, fresh: bool = True) -> bool:
-        """Connect; whether the broker had kept the session. `fresh`: without what it may have kept (MQTT 5; with 3.1.1
-        a durable one can't be asked for that).
-
-        Raises `LinkError`.
-        """
+    async def open(self) -> bool:
+        """Connect; whether the broker had kept the session. Raises `LinkError`."""
+        late = {each for each in _abandoned.get(self.client_id, ()) if each.get_loop() is self._loop}
+        if late:
+            await asyncio.wait(late)  # what they do to the session they do before this one has it
         try:
-            client = self._build(fresh)
+            client = self._build()
         except (OSError, ValueError) as error:
             raise LinkError(
                 f"broker {self._settings.broker}: the certificates can't be used: {error}"
@@ -109,9 +112,7 @@ class Link:
             async with asyncio.timeout(self._settings.connect_timeout_s):
                 await asyncio.shield(opening)
         except (TimeoutError, asyncio.CancelledError) as error:
-            abandoning = asyncio.create_task(self._abandon(client, opening))
-            _abandoned.add(abandoning)
-            abandoning.add_done_callback(_abandoned.discard)
+            self._abandon(client, opening)
             if isinstance(error, asyncio.CancelledError):
                 raise
             raise LinkError(
@@ -133,21 +134,33 @@ class Link:
         if client._client.socket() is None:  # lost before anybody could see it
             self._end("it was lost at once")
 
-    async def _abandon(self, client: aiomqtt.Client, opening: asyncio.Future[Any]) -> None:
-        """Nobody waits for it any more: should it come to be connected all the same, it leaves as it should."""
-        try:
-            await opening
-        except (aiomqtt.MqttError, ValueError, asyncio.CancelledError):
-            _drop(client)
-        else:
-            self._connect(client)
-            await self._leave((), keep=False)
+    def _abandon(self, client: aiomqtt.Client, opening: asyncio.Future[Any]) -> None:
+        """Nobody waits for it any more: should it come to be connected all the same, it leaves, and the session stays."""
 
-    def _build(self, fresh: bool) -> aiomqtt.Client:
-        client = build(
-            self._settings, self.client_id, self._inbox, fresh=fresh, durable=self._durable, will=self._will
-        )
-        inner = self._paho = client._client
+        async def leave() -> None:
+            try:
+                await opening
+            except (aiomqtt.MqttError, ValueError, asyncio.CancelledError):
+                pass
+            else:
+                client._disconnected.add_done_callback(self._gone)
+                await self._disconnect(client, keep=True)
+            _drop(client)
+
+        def left(task: asyncio.Task[None]) -> None:
+            theirs.discard(task)
+            if not theirs and _abandoned.get(self.client_id) is theirs:
+                del _abandoned[self.client_id]
+
+        theirs = _abandoned.setdefault(self.client_id, set())
+        leaving = asyncio.create_task(leave())
+        theirs.add(leaving)
+        leaving.add_done_callback(left)
+
+    def _build(self) -> aiomqtt.Client:
+        client = build(self._settings, self.client_id, self._inbox, durable=self._durable, will=self._will)
+        self._building, inner = client, client._client
+        self._paho = inner
         on_connect = inner.on_connect
 
         def connected(who: Any, data: Any, flags: Any, code: Any, properties: Any = None) -> None:
@@ -156,6 +169,8 @@ class Link:
 
         inner.on_connect = connected
         inner.on_publish = self._on_publish
+        inner.on_socket_open = self._opened
+        inner.on_socket_close = self._closing
         inner.on_socket_register_write = self._register_write
         inner.on_socket_unregister_write = self._unregister_write
         self._send_pubrec = delay_acknowledgements(inner)
@@ -163,19 +178,45 @@ class Link:
 
     # ---------------------------------------------------------------------------------------------- paho's callbacks
 
-    def _register_write(self, _client: Any, _data: Any, sock: Any) -> None:
+    def _opened(self, _client: Any, _data: Any, sock: Any) -> None:
+        # paho connects in a thread
+        self._loop.call_soon_threadsafe(self._watch, sock)
+
+    def _watch(self, sock: Any) -> None:
+        self._readiness.watch(sock)
+        if self._building is not None:
+            self._building._misc_task = self._loop.create_task(self._building._misc_loop())
+
+    def _in_loop(self, call: Callable[..., None], *arguments: Any) -> None:
         if threading.get_ident() == self._thread:
-            self._add_writer(sock)
+            call(*arguments)
         else:
-            self._loop.call_soon_threadsafe(self._add_writer, sock)
+            self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _add_writer(self, sock: Any) -> None:
-        if sock.fileno() >= 0:
-            self._loop.add_writer(sock.fileno(), self._write)
+    def _register_write(self, _client: Any, _data: Any, _sock: Any) -> None:
+        self._in_loop(self._readiness.want_to_write, True)
 
-    def _unregister_write(self, _client: Any, _data: Any, sock: Any) -> None:
-        if sock.fileno() >= 0:
-            self._loop.remove_writer(sock.fileno())
+    def _unregister_write(self, _client: Any, _data: Any, _sock: Any) -> None:
+        self._in_loop(self._readiness.want_to_write, False)
+
+    def _closing(self, _client: Any, _data: Any, _sock: Any) -> None:
+        self._in_loop(self._unwatch)
+
+    def _unwatch(self) -> None:
+        self._readiness.close()
+        misc = self._building._misc_task if self._building is not None else None
+        if misc is not None and not misc.done():
+            misc.cancel()
+
+    def _read(self) -> None:
+        inner = cast("Any", self._paho)
+        try:
+            inner.loop_read()
+            # TLS has more than the kernel knows of
+            while hasattr(inner._sock, "pending") and inner._sock.pending() > 0:
+                inner.loop_read()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing comes in any more
+            self._end(str(error))
 
     def _write(self) -> None:
         try:
@@ -315,8 +356,10 @@ class Link:
                 async with asyncio.timeout(_CLOSE_S):
                     # an answer says that the broker has read all before, acknowledgements above all
                     await self.unsubscribe(filters or ["-"])
+        gone = False
         if self.alive and self._client is not None:
             await self._disconnect(self._client, keep)
+            gone = self._settings.v5  # with 3.1.1 DISCONNECT can't say so
         self._end("it was closed")
         if self._client is not None:
             _drop(self._client)
@@ -324,7 +367,7 @@ class Link:
             _, hanging = await asyncio.wait({self._pump}, timeout=self._settings.drain_timeout_s)
             for pump in hanging:  # what it was at isn't acknowledged
                 pump.cancel()
-        if self._durable and not keep and not self._settings.v5 and self._client is not None:
+        if self._durable and not keep and not gone and self._client is not None:
             with contextlib.suppress(LinkError):
                 await self.forget(self._settings, self.client_id)
 

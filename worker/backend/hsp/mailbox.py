@@ -35,6 +35,8 @@ class Seat(msgspec.Struct, frozen=True):
     """What it is subscribed to."""
     since: float
     """Seconds since the epoch."""
+    answers: bool = False
+    """Whether the holder answers who asks it to compare (`trial`)."""
 
 
 class Mailbox:
@@ -149,7 +151,7 @@ class Mailbox:
 
     async def take_seat(self, session: str, filters: tuple[str, ...]) -> float:
         """Let all know where the subscription is; since when, in seconds since the epoch. Raises `LinkError`."""
-        seat = Seat(session, self._topics.instance, filters, time.time())
+        seat = Seat(session, self._topics.instance, filters, time.time(), answers=True)
         await self.publish(self._topics.seat, msgspec.json.encode(seat), retain=True)
         self.seat = seat
         return seat.since

@@ -2,45 +2,64 @@
 
 They go out on connections of their own, one with the rights of the old connector and, if those differ, one with the new
 one's: mosquitto closes a connection on which it has refused a message, and who may read a topic is often forbidden to
-write to it.
+write to it. With MQTT 5, if the broker speaks it: 3.1.1 acknowledges what it has thrown away.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection
+
+import msgspec
 
 from segue.worker.backend.hsp.errors import LinkError, RefusedError
 from segue.worker.backend.hsp.link import Link, Message
 from segue.worker.backend.hsp.settings import HSPSettings
 
 
-async def send_probes(settings: HSPSettings, topics: Iterable[str], payload: bytes) -> None:
-    """Publish `payload` to each topic that may be published to; once it returns, the broker has them."""
-    name = f"{settings.client_id_prefix}-probe-{secrets.token_hex(4)}"
-    link: Link | None = None
+async def send_probes(settings: HSPSettings, topics: Collection[str], payload: bytes) -> set[str]:
+    """Publish `payload` to each topic that may be published to; returns those that the broker has taken for certain.
+
+    Once it returns the broker has them. What can't be probed says nothing: nothing is raised.
+    """
+    if not topics:
+        return set()
+    try:
+        return await _send(msgspec.structs.replace(settings, mqtt_version="5", qos=1), topics, payload)
+    except LinkError:
+        if not settings.v5:
+            with contextlib.suppress(LinkError):
+                await _send(settings, topics, payload)
+        return set()
+
+
+async def _send(settings: HSPSettings, topics: Collection[str], payload: bytes) -> set[str]:
+    taken: set[str] = set()
+    link = await _connected(settings)
     try:
         for topic in topics:
             for _ in range(2):  # the connection may have been closed for the topic before
-                if link is None or not link.alive:
-                    link = Link(settings, name, _ignore)
-                    await link.open()
+                if not link.alive:
+                    await link.close()
+                    link = await _connected(settings)
                 try:
                     await link.publish(topic, payload, settings.qos)
                 except RefusedError:
                     break
                 except LinkError:
-                    await link.close()
-                else:
-                    break
-    except LinkError:
-        pass  # what could not be probed says nothing
+                    continue
+                taken.add(topic)
+                break
     finally:
-        if link is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await link.close()
+        await link.close()
+    return taken
+
+
+async def _connected(settings: HSPSettings) -> Link:
+    link = Link(settings, f"{settings.client_id_prefix}-probe-{secrets.token_hex(4)}", _ignore)
+    await link.open()
+    return link
 
 
 def rights(settings: HSPSettings) -> tuple[object, ...]:

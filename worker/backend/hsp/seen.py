@@ -44,6 +44,17 @@ class Seen:
         except (OSError, ValueError) as error:
             _log.warning("event=hsp-window-not-kept path=%s reason=%s", path, error)
 
+    def learn(self, path: Path) -> None:
+        """Know also what another agent has handled, whom this one comes after."""
+        try:
+            digests = _read(path.read_bytes())
+        except (OSError, ValueError, struct.error) as error:
+            _log.warning("event=hsp-window-not-learnt path=%s reason=%s", path, error)
+            return
+        for digest in digests:
+            if self.claim(digest):
+                self.done(digest)
+
     def detach(self) -> None:
         """Another process may have it from here on."""
         if self._ring is not None:
@@ -105,8 +116,7 @@ class _Ring:
 
     def read(self) -> list[int]:
         """What is in it, the oldest first."""
-        found = [value for (value,) in _SLOT.iter_unpack(self._map[_HEAD.size :])]
-        return [value for value in found[self._next :] + found[: self._next] if value]
+        return _read(self._map[:])
 
     def write(self, key: int) -> None:
         """Add one, over the oldest."""
@@ -118,3 +128,11 @@ class _Ring:
         """Done with it."""
         with contextlib.suppress(BufferError, ValueError):
             self._map.close()
+
+
+def _read(data: bytes) -> list[int]:
+    magic, slots, next_one = _HEAD.unpack_from(data)
+    if magic != _MAGIC or len(data) != _HEAD.size + slots * _SLOT.size:
+        raise ValueError("it is no window")
+    found = [value for (value,) in _SLOT.iter_unpack(data[_HEAD.size :])]
+    return [value for value in found[next_one:] + found[:next_one] if value]

@@ -10,7 +10,9 @@ process or another, after a graceful end or a `kill -9`, goes on with the first 
   before it, the new one all after; then the seat moves, and the old session goes. Until the cut nothing is held, so
   waiting for the other workers costs nothing, and giving up is closing the new one.
 - Between processes, and wherever the cut fails, the old one stops between two messages, lets the broker read its last
-  acknowledgement, and leaves with DISCONNECT; the next one resumes the session with its id.
+  acknowledgement, and leaves with DISCONNECT; the next one resumes the session with its id. What it would subscribe to is
+  tried out before (`trial`). If it is another agent, or at another broker, its session is made when it starts, the old one
+  handles all that has come until it leaves, and the next one knows what it has handled (`records`).
 
 Rejected: a barrier between processes (all standbys would hear everything, or be recruited while the clock runs, and after a
 crash there is nobody to send the token; the session is needed anyway); holding back from the rehearsal until the commit (as
@@ -28,6 +30,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from enum import Enum
 from typing import Any
 
+from segue.worker.backend.hsp import envelope as envelopes
 from segue.worker.backend.hsp.client import Will
 from segue.worker.backend.hsp.errors import BarrierError, LinkError
 from segue.worker.backend.hsp.link import Link, Message
@@ -39,6 +42,8 @@ _log = logging.getLogger("segue.hsp")
 _UNACKNOWLEDGED = 10
 """How many messages whose work goes on for longer are left unacknowledged meanwhile: a broker sends no more than so many
 (mosquitto 20) before it waits, and what comes behind them must get through."""
+
+_PROBE = envelopes.PROBE.encode()
 
 Take = Callable[[str, bytes, bool], Awaitable["asyncio.Future[None] | None"]]
 """Handles a message: topic, payload, whether it was retained. What goes on for longer is returned."""
@@ -83,10 +88,14 @@ class Subscription:
         take: Take,
         *,
         mode: Mode,
+        durable: bool = True,
         will: Will | None = None,
         heard_before: Sequence[str] = (),
+        overhear: Callable[[bytes], None] | None = None,
     ) -> None:
-        """`heard_before`: the filters of whoever handles what is dropped here."""
+        """`durable`: the broker keeps the session. `heard_before`: the filters of whoever handles what is dropped here.
+        `overhear` is told what is said on the marker topic and is no token that is looked out for.
+        """
         self.session = session
         self.mode = mode
         self._counted = 0
@@ -94,7 +103,9 @@ class Subscription:
         self._settings = settings
         self._topics = topics
         self._take = take
+        self._durable = durable
         self._heard_before = heard_before
+        self._overhear = overhear
         self._watches: dict[bytes, Watch] = {}
         self._kept: deque[Message] = deque()
         self._going: asyncio.Task[None] | None = None
@@ -107,7 +118,7 @@ class Subscription:
         """Whether the broker had kept the session."""
 
     def _new_link(self) -> Link:
-        return Link(self._settings, self.session, self._receive, durable=True, will=self._will)
+        return Link(self._settings, self.session, self._receive, durable=self._durable, will=self._will)
 
     @property
     def alive(self) -> bool:
@@ -130,27 +141,32 @@ class Subscription:
         Raises `LinkError`.
         """
         try:
-            self.resumed = await self._link.open(fresh=fresh)
+            self.resumed = await self._link.open()
             if fresh and self.resumed:
                 await self._begin_anew()
             wanted = self.filters
-            gone = [each for each in known if each not in wanted] if self.resumed else []
+            there = known if self.resumed else ()
+            # MQTT 5 doesn't send retained messages again for what is subscribed to already; 3.1.1 would
+            new = wanted if self._settings.v5 else [each for each in wanted if each not in there]
+            if new:
+                await self._link.subscribe(new, self._settings.qos)
+            # not before: a message that both match would fall between
+            gone = [each for each in there if each not in wanted]
             if gone:
                 await self._link.unsubscribe(gone)
-            # MQTT 5 doesn't send retained messages again for what is subscribed to already; 3.1.1 would
-            if not self.resumed or self._settings.v5 or set(known) != set(wanted):
-                await self._link.subscribe(wanted, self._settings.qos)
         except BaseException:
             self.mode = Mode.STOP
             await self._link.close(keep=not fresh)
             raise
 
     async def _begin_anew(self) -> None:
-        """With MQTT 3.1.1 what a crash has left of a session is forgotten by connecting twice."""
+        """What a crash has left of a session is forgotten by ending it; MQTT has no other way that lasts (`client`)."""
         mode, self.mode = self.mode, Mode.STOP
         await self._link.close()
         self._link, self.mode = self._new_link(), mode
-        self.resumed = await self._link.open(fresh=True)
+        self.resumed = await self._link.open()
+        if self.resumed:
+            raise LinkError(f"broker {self._settings.broker} does not let go of session {self.session}")
 
     @property
     def filters(self) -> list[str]:
@@ -160,6 +176,12 @@ class Subscription:
     # ------------------------------------------------------------------------------------------------- messages
 
     async def _receive(self, message: Message) -> None:
+        if self._going is not None and not self._going.done():
+            self._kept.append(message)  # behind what was kept, a token as well
+        else:
+            await self._sort(message)
+
+    async def _sort(self, message: Message) -> None:
         topic = message.topic.value
         payload = message.payload if isinstance(message.payload, bytes) else bytes(message.payload)
         if topic == self._topics.marker:
@@ -205,6 +227,8 @@ class Subscription:
     def _line_up(self, token: bytes) -> None:
         watch = self._watches.get(token)
         if watch is None:
+            if self._overhear is not None:
+                self._overhear(token)
             return
         watch.counted, self._counted = self._counted, 0
         if watch.then is not None:
@@ -213,7 +237,7 @@ class Subscription:
 
     def _is_probe(self, topic: str, payload: bytes) -> bool:
         for watch in self._watches.values():
-            if watch.token in payload:
+            if watch.token in payload and _PROBE in payload:
                 watch.probes.add(topic)
                 return True
         return False
@@ -230,27 +254,18 @@ class Subscription:
         """It isn't of interest any more."""
         self._watches.pop(watch.token, None)
 
-    def go(self) -> None:
-        """Handle what was kept, in order, and then what comes."""
-        self.mode = Mode.WAIT  # what arrives meanwhile is kept, too, behind the rest
-        self._going = asyncio.create_task(self._handle_kept())
+    def go(self, take: Take | None = None) -> None:
+        """Handle what was kept, in order, and then what comes; `take` does it, if somebody else is to."""
+        self._take = take or self._take
+        self.mode = Mode.RUN
+        self._going = asyncio.create_task(self._catch_up())
 
-    async def _handle_kept(self) -> None:
-        while self._kept and self.mode is Mode.WAIT:
-            message = self._kept.popleft()
+    async def _catch_up(self) -> None:
+        while self._kept and self.mode is Mode.RUN:
             try:
-                await self._handle(message, message.topic.value, bytes(message.payload))
+                await self._sort(self._kept.popleft())
             except Exception:  # noqa: BLE001 - the next message is handled all the same
                 _log.exception("event=hsp-receive-failed")
-        if self.mode is Mode.WAIT:
-            self.mode = Mode.RUN
-
-    def kept(self) -> list[Message]:
-        """What was kept and is not going to be handled here; from here on nothing is kept."""
-        self.mode = Mode.STOP
-        kept = list(self._kept)
-        self._kept.clear()
-        return kept
 
     # ---------------------------------------------------------------------------------------------------- leaving
 
@@ -281,16 +296,17 @@ class Subscription:
         while self._unfinished:
             await asyncio.wait(set(self._unfinished))
 
-    async def withdraw(self, mark: Mark) -> None:
-        """Unsubscribe, and let all come that was on its way until then; nothing is begun after it. Raises `LinkError`."""
+    async def drain(self, mark: Mark, timeout_s: float) -> None:
+        """Handle all that the broker has passed on until now, and begin nothing after it. Raises `LinkError`."""
         watch = self.watch(uuid.uuid4().hex, Mode.STOP)
         try:
-            await self._link.unsubscribe(self.filters[:-1])
-            await mark(watch.token)
-            async with asyncio.timeout(self._settings.barrier_timeout_s):
+            async with asyncio.timeout(timeout_s):
+                await mark(watch.token)
                 await first(watch.seen, self.lost)
         except TimeoutError:
-            raise BarrierError(f"{self._topics.marker} is not served") from None
+            raise BarrierError(
+                f"there is more to do than {timeout_s:g} s are enough for, or {self._topics.marker} isn't served"
+            ) from None
         finally:
             self.unwatch(watch)
         if not watch.seen.is_set():
@@ -301,13 +317,19 @@ class Subscription:
 
         For a session that has no successor: the broker, the name or the way of sharing changes.
         """
-        await self.withdraw(mark)
+        await self._link.unsubscribe(self.filters[:-1])
+        await self.drain(mark, self._settings.barrier_timeout_s)
         await self.halt()
         await self.end()
 
     async def finish(self) -> None:
         """It was lost: handle what has arrived. Should that be delivered again, it is known."""
         await self._link.close(keep=True)
+        if self._going is not None:
+            _, hanging = await asyncio.wait({self._going}, timeout=self._settings.drain_timeout_s)
+            for going in hanging:
+                await ended(going)
+        self.mode = Mode.STOP
 
     async def leave(self) -> None:
         """Disconnect; what isn't acknowledged waits in the session."""
@@ -328,3 +350,9 @@ async def first(*events: asyncio.Event) -> None:
     finally:
         for each in waiting:
             each.cancel()
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    task.cancel()
+    await asyncio.wait({task})
