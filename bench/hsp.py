@@ -105,13 +105,19 @@ class Tally:
         return sum(len(got) - len(set(got)) for got in self.got.values())
 
     @property
+    def inversions(self) -> list[tuple[int, int, int]]:
+        """Topic, and two messages one after the other of which the second was handled too late, or the first too early."""
+        return [
+            (topic, before, after)
+            for topic, got in self.got.items()
+            for before, after in itertools.pairwise(dict.fromkeys(got))
+            if after < before
+        ]
+
+    @property
     def reordered(self) -> int:
         """Handled for the first time after a later one of its topic."""
-        return sum(
-            later < earlier
-            for got in self.got.values()
-            for earlier, later in itertools.pairwise(dict.fromkeys(got))
-        )
+        return len(self.inversions)
 
     @property
     def wrong(self) -> int:
@@ -121,7 +127,8 @@ class Tally:
     def document(self) -> dict[str, Any]:
         """For the result's file."""
         names = ("handled", "lost", "doubled", "reordered", "refused")
-        return {"sent": sum(self.sent)} | {name: getattr(self, name) for name in names}
+        shown: dict[str, Any] = {"inversions": self.inversions[:20]} if self.inversions else {}
+        return {"sent": sum(self.sent)} | {name: getattr(self, name) for name in names} | shown
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from segue.worker.backend.hsp.errors import HSPError, InvalidMessageError, LinkE
 from segue.worker.backend.hsp.outbox import Letter, Outbox
 from segue.worker.backend.hsp.payloads import Advertisement, Capability, TaskRequest
 from segue.worker.backend.hsp.peers import Peers
+from segue.worker.backend.hsp.records import Records
 from segue.worker.backend.hsp.seen import Seen
 from segue.worker.backend.hsp.settings import HSPSettings
 from segue.worker.backend.hsp.topics import Topics, matches
@@ -391,3 +392,56 @@ def test_the_best_of_the_agents_that_can_is_asked() -> None:
     assert peers.able("nothing") is None
     assert [peer.ai_id for peer in peers.all()] == ["failing", "fast", "gone", "other", "slow"]
     assert peers.all()[2].capabilities == add
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+
+def records(name: str) -> Records:
+    return Records(HSPSettings(host="broker", ai_id=name), "worker")
+
+
+@pytest.mark.usefixtures("state")
+def test_who_comes_after_another_agent_of_the_service_is_told_what_that_one_has_handled() -> None:
+    one = records("one")
+    assert one.begin() is None
+    one.end()
+    one.close()
+    two = records("two")
+    assert two.begin() == one.window
+    two.end()
+    two.close()
+    again = records("one")
+    assert again.begin() == two.window
+    assert again.begin() is None  # nobody was there since
+    again.close()
+
+
+@pytest.mark.usefixtures("state")
+def test_two_agents_of_one_service_are_not_taken_for_one_after_the_other() -> None:
+    for _ in range(2):
+        one, two = records("one"), records("two")
+        assert (one.begin(), two.begin()) == (None, None)
+        for each in (one, two):
+            each.end()
+            each.close()
+
+
+def test_what_another_agent_has_handled_is_known_and_known_to_the_next_process(tmp_path: Path) -> None:
+    first, second, third = Seen(10), Seen(10), Seen(10)
+    first.attach(tmp_path / "first", 10)
+    key = Seen.key("beta", "1")
+    first.claim(key)
+    first.done(key)
+    first.detach()
+    second.attach(tmp_path / "second", 10)
+    assert second.claim(Seen.key("beta", "2"))
+    second.learn(tmp_path / "first")
+    second.learn(tmp_path / "missing")
+    assert not second.claim(key)
+    second.detach()
+    third.attach(tmp_path / "second", 10)
+    assert not third.claim(key)
+    third.detach()

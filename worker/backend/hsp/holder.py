@@ -326,10 +326,13 @@ class Holder:
 
     async def _hand_over(self, old: Subscription, heir: Holder) -> bool:
         """Line the heir's subscription up with this one, and end this one. False if that can't be."""
-        heir.session = old.session
         prepared = heir.prepared
-        if prepared is None and heir.place == self.place:
-            return False
+        if heir.place != self.place:  # it has its own, whatever becomes of this one
+            heir.lined_up, heir.session = True, prepared.session if prepared is not None else None
+        else:
+            heir.session = old.session
+            if prepared is None:
+                return False
         try:
             if prepared is not None and heir.at_the_cut:
                 await cut(old, prepared, heir.topics, heir.mailbox.publish, heir.settings.barrier_timeout_s)
