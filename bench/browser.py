@@ -190,9 +190,9 @@ def _address(process: subprocess.Popen[bytes], port_file: Path, said: Path) -> s
     deadline = time.monotonic() + DEADLINE_S
     while True:
         with contextlib.suppress(FileNotFoundError):
-            port, *path = port_file.read_text().splitlines()
-            if path:
-                return f"ws://127.0.0.1:{port}{path[0]}"
+            written = port_file.read_text().splitlines()
+            if len(written) == 2:
+                return f"ws://127.0.0.1:{written[0]}{written[1]}"
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"chromium does not start:\n{said.read_text(errors='replace')}")
         time.sleep(_LOOK_S)

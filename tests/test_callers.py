@@ -7,13 +7,15 @@ import contextlib
 import http.client
 import os
 import socket
+import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scenario import DEADLINE_S, HOT, ROOT, Segue, free_port, supervised
-from test_control import tcp_call
+from test_control import TOKEN, tcp_call
 
 from segue.supervisor import room
 from segue.supervisor.room import bytes_left, own_bytes, too_many
@@ -58,6 +60,47 @@ def test_a_stop_ends_connections_without_a_word_about_them(application) -> None:
         assert idle.read()
         assert asked.read()
         assert watching.readline() == b"event: status\n"
+        master.stop()
+        assert "Traceback" not in master.output.text, master.output.text
+
+
+LEAVING = [
+    *(("GET", f"{HOT}/{name}") for name in ("status", "watch", "events", "logs", "config", "openapi.json")),
+    *(("GET", path) for path in ("/livez", "/metrics", "/", "/session", "/dashboard.js")),
+    ("GET", f"{HOT}/operations/1?wait=5&until=probation"),
+    *(
+        ("POST", f"{HOT}/{name}")
+        for name in ("reload", "stage", "promote", "discard", "rollback", "reload/x")
+    ),
+    *(
+        ("POST", f"{HOT}/{name}")
+        for name in ("scale?workers=2", "drain/start", "drain/stop", "scale?workers=1")
+    ),
+    ("DELETE", "/session"),
+]
+
+
+@pytest.mark.parametrize("piece", ["head", "body", "whole"])
+def test_callers_that_leave_at_any_moment_leave_no_trace(application, tmp_path: Path, piece: str) -> None:
+    """Over TCP with a reset, and over the Unix socket; before, amid and after what they ask for."""
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token), "--probation", "1")
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
+        for method, target in LEAVING:
+            head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
+            head += f"Authorization: Bearer {TOKEN}\r\nContent-Length: 4\r\n"
+            sent = {"head": head, "body": f"{head}\r\nab", "whole": f"{head}\r\nabcd"}[piece].encode()
+            for family, address in ((socket.AF_UNIX, master.control), (socket.AF_INET, ("127.0.0.1", port))):
+                sock = socket.socket(family)
+                sock.connect(address)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.sendall(sent)
+                sock.close()
+        master.wait_status(lambda document: all(each["outcome"] for each in document["reloads"]))
+        assert master.call("GET", "/livez")[0] == 200
         master.stop()
         assert "Traceback" not in master.output.text, master.output.text
 

@@ -86,6 +86,8 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file) -
         # a phone
         page.open(origin, width=360, height=800)
         live(page)
+        page.wait("document.querySelector('#reloads details') !== null")
+        page.run("document.querySelectorAll('details').forEach(details => { details.open = true; })")
         assert page.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert not page.errors
         assert all(url.startswith((origin, "data:", "about:")) for url in page.requested), page.requested
