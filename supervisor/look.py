@@ -72,6 +72,8 @@ def draw(look: Look, keys: Sequence[str] = (), message: str = "") -> RenderableT
     if document is None:
         return Text(look.gone or "looking …", style="red" if look.gone else "")
     parts: list[RenderableType] = [_head(document, look.gone), Text(), _workers(document)]
+    if document["services"]:
+        parts += [Text(), _services(document)]
     if document["reloads"]:
         parts += [Text(), _reloads(document)]
     if look.events:
@@ -135,6 +137,27 @@ def _workers(document: dict[str, Any]) -> Table:
             )
             cells = ["", "", "", ""]
     return table
+
+
+def _services(document: dict[str, Any]) -> Table:
+    table = _table("SERVICE", "VERSION", "HEALTH", "LEASES", "RETIRING")
+    for name, service in document["services"].items():
+        table.add_row(
+            name,
+            ", ".join(map(str, service["versions"])),
+            _health(service),
+            str(service["leases"]),
+            str(service["retiring"]),
+        )
+    return table
+
+
+def _health(service: dict[str, Any]) -> Text:
+    if service["degraded"]:
+        return Text(f"degraded: {service['degraded']}", style="yellow")
+    if service["healthy"] is None:
+        return Text("-")
+    return Text("healthy", style="green") if service["healthy"] else Text("unhealthy", style="red")
 
 
 def _reloads(document: dict[str, Any]) -> Table:

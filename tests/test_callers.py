@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import DEADLINE_S, HOT, ROOT, Segue, free_port, supervised
-from test_control import TOKEN, tcp_call
+from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Segue, free_port, supervised
+from test_control import tcp_call
 
 from segue.supervisor import room
 from segue.supervisor.room import bytes_left, own_bytes, too_many

@@ -407,6 +407,28 @@ def test_top_without_a_terminal_prints_once(master: Segue) -> None:
     assert master.command("top").returncode == 5
 
 
+def test_top_shows_services_with_their_versions_and_health(application: Any) -> None:
+    code = """
+    import segue
+    from starlette.applications import Starlette
+
+    class Prices:
+        def health(self):
+            return True
+
+    services = segue.Services()
+    services.declare("prices", Prices)
+    app = Starlette(lifespan=services.lifespan)
+    """
+    with supervised("shop:app", cwd=application(code=code)) as master:
+        shown = master.command("top", "--once", "--interval", "0.2").stdout
+        assert re.search(r"SERVICE +VERSION +HEALTH", shown)
+        assert re.search(r"prices +1 +healthy +0 +0", shown), shown
+        assert master.command("reload", "prices").returncode == 0
+        assert re.search(r"prices +2 +healthy", master.command("top", "--once", "--interval", "0.2").stdout)
+        master.stop()
+
+
 def test_a_narrow_terminal_is_enough(master: Segue) -> None:
     with terminal(master, "top", columns=40, rows=10) as screen:
         screen.wait_for(r"segue default ready")
