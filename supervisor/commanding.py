@@ -77,9 +77,11 @@ def ask(instance: Any, target: str) -> Any:
     """The document that its master answers a GET with; ends the program if it doesn't."""
     from segue.supervisor.client import get
     from segue.supervisor.instance import InstanceError
+    from segue.supervisor.terminal import Progress
 
     try:
-        answer = get(instance, target)
+        with Progress("asking the master"):
+            answer = get(instance, target)
     except InstanceError as error:
         fail(str(error), Status.INSTANCE)
     if answer.status >= 400:
@@ -94,7 +96,8 @@ def change(instance: Any, target: str, waiting: Waiting, until: str = "serving")
     from segue.supervisor.terminal import Progress
 
     try:
-        operation = post(instance, target)
+        with Progress("asking the master"):
+            operation = post(instance, target)
         if waiting.no_wait and operation["id"] is not None:
             begun = f"operation {operation['id']} has begun"
             click.echo(json.dumps(operation, indent=2) if waiting.as_json else begun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -250,6 +251,15 @@ def test_settings_on_the_pages_are_taken(tmp_path: Path) -> None:
                 done = segue("config", cwd=tmp_path)
                 assert done.returncode == 0, f"{page}: {done.stderr}"
     assert count >= 5
+
+
+def test_python_on_the_pages_is_python() -> None:
+    snippets = [
+        (page, block.text) for page in pages() for block in blocks(page) if block.language == "python"
+    ]
+    assert len(snippets) >= 5
+    for page, text in snippets:
+        compile(text, page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 def test_what_containers_run_is_taken(tmp_path: Path) -> None:

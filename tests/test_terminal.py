@@ -464,6 +464,15 @@ def test_what_takes_long_says_so_on_a_terminal_and_leaves_nothing_behind(
     assert "…" not in quiet.stderr
 
 
+def test_a_master_that_keeps_a_terminal_waiting_is_named(master: Segue) -> None:
+    master.signal(signal.SIGSTOP)
+    with terminal(master, "status") as screen:
+        screen.wait_for(r"asking the master … [12] s")
+        master.signal(signal.SIGCONT)
+        assert screen.wait_exit() == 0
+        assert screen.raw.rpartition("\x1b[K")[2].startswith("instance default: ")
+
+
 # ------------------------------------------------------------------------------------------------------- for all
 
 
