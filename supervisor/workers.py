@@ -153,11 +153,7 @@ class Workers:
         try:
             same = await asyncio.to_thread(taken.fingerprint_now) == taken.fingerprint
             what = f"the code in {taken.app_dir} is no longer that of generation {key[0]}"
-        except (
-            OSError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # the latter: the system refuses a thread, or memory
+        except (OSError, RuntimeError, MemoryError) as error:  # or the system refuses a thread, or memory
             same, what = False, f"the code in {taken.app_dir} can't be read: {error}"
         if not same:
             self._put(model.CodeChanged(*key, what))

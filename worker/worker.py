@@ -54,7 +54,6 @@ _HARD_EXTRA_S = 5.0
 """How long after its timeout a stop that hangs is ended by force."""
 _SHUTDOWN_S = 5.0
 """What a lifespan shutdown may take at least."""
-_CLOSE_SERVER_S = 1.0
 
 
 class Worker:
@@ -174,9 +173,7 @@ class Worker:
             self._loop.remove_reader(self._lifeline)
             self.adoption.close()
             control.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_SERVER_S):
-                    await asyncio.sleep(0)  # an answer that is being written gets out
+            await asyncio.sleep(0)  # an answer that is being written gets out
             with contextlib.suppress(OSError):
                 os.unlink(self._spec.control_path)
 
