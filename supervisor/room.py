@@ -54,14 +54,11 @@ def own_bytes(pid: int) -> int:
 def bytes_left() -> int:
     """What can still be had without swapping: of the machine, or of a control group with a limit (cgroups(7))."""
     left: list[int] = [psutil.virtual_memory().available]
-    path = next(
-        (
-            line[3:].lstrip("/")
-            for line in Path("/proc/self/cgroup").read_text().splitlines()
-            if line.startswith("0::")
-        ),
-        "",
-    )
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # a kernel without control groups
+        return left[0]
+    path = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
     group = _CGROUPS / path
     while group != _CGROUPS.parent:
         try:
