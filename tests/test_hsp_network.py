@@ -24,6 +24,8 @@ from hsp_harness import (
 import segue
 from segue.worker.backend.hsp.barrier import cut
 from segue.worker.backend.hsp.envelope import FACT, Envelope
+from segue.worker.backend.hsp.errors import BarrierError
+from segue.worker.backend.hsp.subscription import Subscription
 
 pytestmark = [
     pytest.mark.anyio,
@@ -196,3 +198,53 @@ async def test_a_handler_that_waits_keeps_its_order_when_its_connection_is_lost(
                 await until(lambda: alpha.current.metrics()["is_connected"])
             await until(lambda: len(seen) >= count)
             assert seen == list(range(count))
+
+
+async def test_a_swap_that_is_given_up_in_a_backlog_leaves_the_order_of_what_waits_alone(
+    tmp_path: Path, version: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mosquitto lets a message pass those that wait when one far behind is acknowledged before its turn."""
+    seen: list[int] = []
+    gate = asyncio.Semaphore(0)
+
+    async def handle(message: Envelope) -> None:
+        if "number" in message.payload:
+            await gate.acquire()
+            seen.append(message.payload["number"])
+
+    with broker(tmp_path) as server:
+
+        async def send(first: int, last: int) -> None:
+            await publish(server, *((f"{FACTS}/0", fact(number)) for number in range(first, last)))
+
+        async def cut_too_late(old: Any, _new: Any, topics: Any, mark: Any, _timeout_s: Any) -> None:
+            await send(0, 100)
+            await mark(topics.marker, b"too late")
+            await send(100, 300)
+            for _ in range(6):  # after which the broker has passed the token on
+                gate.release()
+            await until(lambda: len(seen) == 6)
+            raise BarrierError("a fault of this test")
+
+        async def stop_in_the_middle(subscription: Subscription) -> None:
+            stopping = asyncio.create_task(stop(subscription))
+            await asyncio.sleep(0)
+            gate.release()  # the seventh, which was begun
+            await stopping
+
+        async def leave_later(subscription: Subscription) -> None:
+            await send(300, 305)
+            await leave(subscription)
+
+        monkeypatch.setattr("segue.worker.backend.hsp.holder.cut", cut_too_late)
+        stop, leave = Subscription.stop, Subscription.leave
+        monkeypatch.setattr(Subscription, "stop", stop_in_the_middle)
+        monkeypatch.setattr(Subscription, "leave", leave_later)
+        async with agent(settings(server, mqtt_version=version), handle) as alpha:
+            await alpha.swap()
+            for _ in range(400):
+                gate.release()
+            await until(lambda: len(seen) >= 305)
+            assert seen == list(range(305))
+            monkeypatch.undo()
+            assert alpha.current.metrics()["gaps"] == 0
