@@ -32,6 +32,8 @@ async def app(scope, receive, send):
     if scope["path"] == "/sse":
         await send({{"type": "http.response.start", "status": 200, "headers": headers}})
         for number in range(int(query.get("n", 20))):
+            if os.path.exists(query.get("until", "")):
+                break
             await send({{"type": "http.response.body", "body": b"data: %d\\n\\n" % number, "more_body": True}})
             await asyncio.sleep(float(query.get("ms", 100)) / 1000)
         await send({{"type": "http.response.body", "body": b"data: done\\n\\n"}})

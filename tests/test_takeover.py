@@ -230,10 +230,10 @@ def test_if_all_workers_hang_the_instance_serves_again(application) -> None:
             again.stop()
 
 
-def test_a_generation_that_drains_goes_on_draining(application) -> None:
+def test_a_generation_that_drains_goes_on_draining(application, tmp_path) -> None:
     directory = application("1")
     with on_a_port("shop:app", cwd=directory) as (master, port), Client(port) as stream:
-        stream.connection.request("GET", "/sse?n=40&ms=100")
+        stream.connection.request("GET", f"/sse?n=600&ms=100&until={tmp_path}/enough")
         response = stream.connection.getresponse()
         old = master.worker_pids()[0]
         application("2")
@@ -241,6 +241,7 @@ def test_a_generation_that_drains_goes_on_draining(application) -> None:
         with taken_over(master, "shop:app", cwd=directory, port=port) as again:
             states = {g["id"]: g["state"] for g in again.status()["generations"]}
             assert states == {1: "draining", 2: "active"}
+            (tmp_path / "enough").touch()
             assert response.read().endswith(b"data: done\n\n")
             again.wait_status(lambda s: [g["id"] for g in s["generations"]] == [2])
             assert not alive(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -218,16 +219,15 @@ def test_a_request_answered_before_its_body_never_moves_and_is_closed_after_its_
 
 
 def test_keep_alive_time_is_carried_over_three_handovers(bench: Bench) -> None:
-    import time
-
-    workers = [bench.spawn(timeout_keep_alive=4).wait_ready().activate()]
+    workers = [bench.spawn(timeout_keep_alive=4).wait_ready() for _ in range(4)]
+    workers[0].activate()
     idle, fresh, talking = bench.client(), bench.client(), bench.client()
     idle.ask()
     talking.ask()
     started = time.monotonic()
-    for _ in range(3):
-        workers.append(bench.spawn(timeout_keep_alive=4).wait_ready().activate())
-        workers[-2].hand_over()
+    for old, new in itertools.pairwise(workers):
+        new.activate()
+        old.hand_over()
     talking.ask()
     assert idle.is_closed(10)
     passed = time.monotonic() - started
