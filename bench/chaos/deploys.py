@@ -208,6 +208,7 @@ def _gone_back(instance: Instance, what: str, before: int, why: str) -> str:
 
 def scale(instance: Instance, rng: random.Random) -> str:
     """One worker more, and one less, by request or by signal."""
+    _fresh(instance)
     by_signal = rng.random() < 0.5
     for wanted, number in ((WORKERS + 1, signal.SIGTTIN), (WORKERS, signal.SIGTTOU)):
         if by_signal:
