@@ -247,7 +247,7 @@ class Instance:
                 if condition(document):
                     return document
             time.sleep(_POLL_S)
-        raise ChaosError(f"not within {DEADLINE_S:g} s: {what}\n{json.dumps(document, indent=1)}")
+        raise ChaosError(f"not within {DEADLINE_S:g} s: {what}\n{_shown(document)}")
 
     def settle(self) -> dict[str, Any]:
         """Wait until all workers of one generation serve and nothing is being changed; a short generation is renewed."""
@@ -340,6 +340,23 @@ def wait_stopped(pid: int) -> None:
             return
         time.sleep(0.001)
     raise ChaosError(f"process {pid} does not stop")
+
+
+def _shown(document: dict[str, Any] | None) -> str:
+    """What of a status matters when something has not come."""
+    if document is None:
+        return "there was no answer"
+    lines = [f"ready: {document['ready']}, probation: {document['probation']}"]
+    for each in document["generations"]:
+        workers = ", ".join(f"{worker['id']} {worker['state']}" for worker in each["workers"])
+        lines.append(
+            f"generation {each['id']}, {each['state']}, {each['workers_missing']} missing: {workers}"
+        )
+    for each in document["reloads"][-3:]:
+        lines.append(
+            f"{each['kind']} of generation {each['generation']}: {each['phase']} {each['reason']}"[:200]
+        )
+    return "\n".join(lines)
 
 
 def _settled(document: dict[str, Any]) -> bool:
