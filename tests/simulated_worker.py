@@ -76,6 +76,8 @@ _ANSWERS: dict[Verb, type[Any]] = {
     Verb.DRAIN: m.DrainTold,
     Verb.SERVICES_DEACTIVATE: m.ServicesDeactivated,
 }
+_IDLE = frozenset({"booting", "ready", "drained", "parked"})
+"""Where a worker has nothing to finish."""
 _OVER = frozenset({"draining", "drained", "parked"})
 """Where a worker has handed over already."""
 
@@ -155,7 +157,8 @@ class Process:
     unconfirmed: bool = False
     ready_seen: bool = False
     wants_recycling: bool = False
-    stopped_by_master: bool = False
+    may_be_cut: bool = False
+    """It was told to stop while it had something to finish."""
     commands: Row = field(default_factory=Row)
     about_services: Row = field(default_factory=Row)
     beside: list[Call] = field(default_factory=list)
@@ -338,8 +341,7 @@ class Process:
         """Finish, and end."""
         if self.mode == "stopping":
             return
-        idle = self.mode in {"booting", "ready", "drained", "parked"}
-        work_s = 0.0 if idle else self.work_s
+        work_s = 0.0 if self.mode in _IDLE else self.work_s
         self._set_mode("stopping")  # its services may go on until its end
         status = 0 if work_s <= budget else 1
         self.world.at(
@@ -356,7 +358,7 @@ class Process:
         del self.world.living[self.key]
         self.world.ended[self.key] += 1
         self.world.lose(self)
-        if self.stopped_by_master and status != 0 and self.world.state.ending:
+        if self.may_be_cut and status != 0 and self.world.state.ending:
             self.world.cut_at_stop = True
         self.world.shell.on_death(self, m.WorkerExited(*self.key, reason, output, status))
 
@@ -401,7 +403,7 @@ class Process:
                 self.parked_until = self.world.now + command.budget
                 self._set_mode("parked")
             case Verb.STOP:
-                self.stopped_by_master = True
+                self.may_be_cut = self.mode not in _IDLE
                 self.stop(command.budget)
             case Verb.DRAIN:
                 self.operator_drain = command.mode
