@@ -199,6 +199,22 @@ def _stage_and_then(world: World, seconds: float, what: str) -> None:
     _then(world, what)
 
 
+def _reload_with_a_fault(world: World, fault: str, who: str, seconds: float, what: str) -> None:
+    """What services do wrong while they pass from one generation to another, and back."""
+    world.faults[fault] = who
+    _reload_and_then(world, seconds, what)
+
+
+def _swap_and_then(world: World, fault: str, seconds: float, what: str) -> None:
+    """Something comes between while workers owe an answer about a swap."""
+    world.faults[fault] = "odd"
+    world.swap()
+    world.run(seconds)
+    _then(world, what)
+
+
+_SERVICE_FAULTS = ("slow services", "slow services", "never deactivates", "refuses services")
+_SWAP_FAULTS = ("hangs in prepare", "hangs in prepare", "silent commit", "refuses abort")
 _NEXT: tuple[Argument, ...] = (
     *("promote", "promote", "rollback", "rollback", "rollback", "discard", "reload", "stage"),
     *("kill 0.0", "kill 0.3", "crash", "swap", "drain", "scale", "wait"),
@@ -225,6 +241,10 @@ ACTIONS: dict[str, Action] = {
     "drain": Action(2, _one_of("reject", "queue", None), lambda world, mode: world.drain(mode)),
     "swap": Action(3, _one_of("model", "limits"), lambda world, service: world.swap(service, name="other")),
     "swap_with_a_fault": Action(2, _each_of(FAULTS, WHO, (0.4, 0.6, 70.0)), _swap_with_a_fault),
+    "reload_with_a_fault": Action(
+        2, _each_of(_SERVICE_FAULTS, WHO, (1.25, 1.4, 6.0), _NEXT), _reload_with_a_fault
+    ),
+    "swap_and_then": Action(2, _each_of(_SWAP_FAULTS, (0.4, 0.52, 0.6), _NEXT), _swap_and_then),
     "stop": Action(1, _each_of((False, False, True), (0.0, 4.0), (True, False)), _stop),
     # what is on the disk
     "deploy": Action(1, _one_of(*CODES), lambda world, behaviour: world.deploy(behaviour)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from simulated_worker import HANDOVER_S
@@ -66,7 +67,13 @@ class Checks:
         self.after = world.state
 
     def all(self) -> None:
-        for check in (
+        """One after the other."""
+        for check in self.each:
+            check()
+
+    @property
+    def each(self) -> tuple[Callable[[], None], ...]:
+        return (
             self.transitions,
             self.one_generation_is_active,
             self.current_one_stays,
@@ -88,8 +95,7 @@ class Checks:
             self.services_cease,
             self.versions,
             self.swaps_go_on,
-        ):
-            check()
+        )
 
     def fail(self, what: str) -> None:
         raise AssertionError(
