@@ -204,7 +204,11 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
         worker.swaps_seen -= 1  # nobody knows what it has of what was decided
     written = known.generations.get(number)
     process = written.processes.get(key) if written is not None else None
-    if process is not None and process.handover is not None and not found.booting:
+    if found.booting:
+        return worker
+    if process is None:  # the journal could not be written any more
+        worker.handover, worker.lead, worker.services = 0.0, True, ServicesState.ACTIVE
+    elif process.handover is not None:
         worker.handover, worker.lead = process.handover, process.lead
         worker.services = ServicesState.ACTIVE
     return worker

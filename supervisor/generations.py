@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from copy import copy
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -189,8 +188,7 @@ class Limits(msgspec.Struct, frozen=True):
     """For how long."""
 
 
-@dataclass(slots=True)
-class Traffic:
+class Traffic(msgspec.Struct):
     """What a generation has answered, so far and at two marks, of which the older one is the start of what is compared."""
 
     responses: int = 0
@@ -200,8 +198,7 @@ class Traffic:
     """When, and how much by then; at most two."""
 
 
-@dataclass(slots=True)
-class Generation:
+class Generation(msgspec.Struct):
     """N workers started from one snapshot of code and settings."""
 
     id: int
@@ -209,11 +206,11 @@ class Generation:
     since: float
     target: int = 0
     """How many workers it shall have."""
-    limits: Limits = field(default_factory=Limits)
-    workers: dict[int, Worker] = field(default_factory=dict)
+    limits: Limits = Limits()
+    workers: dict[int, Worker] = {}
     next_worker: int = 1
     deadline: float | None = None
-    respawn_at: list[float] = field(default_factory=list)
+    respawn_at: list[float] = []
     """When the workers that died are started again."""
     streak: int = 0
     """Starts that failed one after the other; the first success resets it."""
@@ -233,7 +230,7 @@ class Generation:
     """Places left to the other generation while one worker after the other is replaced."""
     drain_budget: float | None = None
     """Seconds that its workers have to finish, if they aren't `Limits.drain_timeout`."""
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: Traffic = msgspec.field(default_factory=Traffic)
 
     def clone(self) -> Generation:
         """A copy that shares nothing that changes."""

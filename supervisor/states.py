@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
+
+import msgspec
 
 from segue.handoff.messages import ServiceRecord
 from segue.supervisor.events import ReloadAsked, ScaleAsked, SwapAsked
@@ -11,11 +12,10 @@ from segue.supervisor.generations import SERVING, Generation, GenerationState
 from segue.supervisor.underway import Change, DrainChange, Probation, Promote, Scaling, Stopping, Swap
 
 
-@dataclass(slots=True)
-class State:
+class State(msgspec.Struct):
     """Everything that the lifecycle knows."""
 
-    generations: dict[int, Generation] = field(default_factory=dict)
+    generations: dict[int, Generation] = {}
     current: int | None = None
     next_generation: int = 1
     change: Change | None = None
@@ -29,17 +29,17 @@ class State:
     stopping: Stopping | None = None
     drain_mode: str | None = None
     drain_change: DrainChange | None = None
-    drained_watch: dict[int, frozenset[int]] = field(default_factory=dict)
+    drained_watch: dict[int, frozenset[int]] = {}
     """Generation promoted → the old ones that have yet to end before its reload counts as drained."""
     recover_at: float | None = None
     """When a reload is tried because nothing serves and the old code is gone."""
     recover_streak: int = 0
-    services: dict[str, ServiceRecord] = field(default_factory=dict)
+    services: dict[str, ServiceRecord] = {}
     """What was decided about services; it outlives generations. A service that was never swapped isn't in it."""
     swap: Swap | None = None
     """The one that runs: one at a time in the whole instance."""
     swaps_queued: tuple[SwapAsked, ...] = ()
-    swaps_told: list[Swap] = field(default_factory=list)
+    swaps_told: list[Swap] = []
     """Those that were answered, while workers owe the last answers of theirs."""
     swap_count: int = 0
     """Swaps committed so far."""

@@ -7,6 +7,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from segue.supervisor.generations import Strategy
 
 if TYPE_CHECKING:
@@ -25,8 +27,7 @@ class ChangePhase(enum.StrEnum):
     """It can be promoted and waits until another promote is over."""
 
 
-@dataclass(slots=True)
-class Change:
+class Change(msgspec.Struct):
     """A generation being brought up, to be staged or to be promoted as soon as it is ready; and who waits for it."""
 
     generation: int
@@ -53,8 +54,7 @@ class Outcome(enum.StrEnum):
     STOPPED = "stopped"
 
 
-@dataclass(slots=True)
-class Probation:
+class Probation(msgspec.Struct):
     """The watch over the current generation after its promote, or over a canary before it."""
 
     generation: int
@@ -95,8 +95,7 @@ class PromotePhase(enum.StrEnum):
     """All its workers are told to serve; when all have confirmed, it is the current generation."""
 
 
-@dataclass(slots=True)
-class Promote:
+class Promote(msgspec.Struct):
     """A generation being made the current one, and who waits for it. One at a time."""
 
     generation: int
@@ -128,8 +127,7 @@ class Promote:
         return self.kind is not PromoteKind.ROLLBACK and self.previous is not None
 
 
-@dataclass(slots=True)
-class Scaling:
+class Scaling(msgspec.Struct):
     """A change of the number of workers, and what to go back to."""
 
     operation: int | None
@@ -138,8 +136,7 @@ class Scaling:
     missing: int
 
 
-@dataclass(slots=True)
-class Stopping:
+class Stopping(msgspec.Struct):
     """The stop of the whole instance."""
 
     operations: tuple[int, ...]
@@ -150,8 +147,7 @@ class Stopping:
     """What the master will exit with."""
 
 
-@dataclass(slots=True)
-class DrainChange:
+class DrainChange(msgspec.Struct):
     """An operator's drain being told to the workers that have yet to confirm it."""
 
     operation: int
@@ -183,8 +179,7 @@ class Share:
     """Its report, once it has committed."""
 
 
-@dataclass(slots=True)
-class Swap:
+class Swap(msgspec.Struct):
     """The replacement of one service in every worker of the current generation, all or nothing."""
 
     operation: int

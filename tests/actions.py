@@ -192,6 +192,18 @@ def _reload_and_then(world: World, seconds: float, what: str) -> None:
     _then(world, what)
 
 
+def _deploy_what_breaks(world: World, seconds: float, crashes: bool) -> None:
+    """It serves for so long, and then one of its workers crashes, or all of its answers are 5xx."""
+    world.deploy("good")
+    world.reload()
+    world.run(seconds)
+    serving = world.serving()
+    if serving and crashes:
+        world.crash(serving[0])
+    for process in serving[crashes:]:
+        world.respond(process, 30, 30)
+
+
 def _stage_and_then(world: World, seconds: float, what: str) -> None:
     world.deploy("good")
     world.stage()
@@ -231,6 +243,7 @@ ACTIONS: dict[str, Action] = {
     "reload_and_then": Action(
         6, _each_of((0.02, 0.5, 1.2, 1.25, 1.3, 1.4, 2.0, 6.0), _NEXT), _reload_and_then
     ),
+    "deploy_what_breaks": Action(4, _each_of((1.4, 3.0, 8.0), (True, False)), _deploy_what_breaks),
     "stage_and_then": Action(3, _each_of((0.5, 1.4, 2.0, 6.0), _NEXT), _stage_and_then),
     "stage": Action(3, _nothing, lambda world: world.stage()),
     "promote": Action(3, _one_of(*_GENERATIONS), lambda world, generation: world.promote(generation)),

@@ -109,6 +109,8 @@ class World:
         """Whether the masters of this world can die: each step is written down."""
         self.dies_after: int | None = None
         """The master dies in its next step, after so many of its effects."""
+        self.guessed: set[Key] = set()
+        """Workers that have not told the last new master what they are: they count as having all that they may have."""
         self.next_operation = 1
         # for a person
         self.trace: deque[str] | None = None
@@ -338,6 +340,7 @@ class World:
     def _adopt(self) -> None:
         before, adopted = self.state, self.shell.adopt()
         self.said["adopted"] += 1
+        self.guessed |= {process.key for process in self.live() if process.accept_master() is None}
         self.state = adopted.state
         self.begun, self.undrained = set(self.state.generations), set(self.state.drained_watch)
         if self.state.current is not None and self.state.current not in self.promoted:

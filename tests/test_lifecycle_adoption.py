@@ -274,6 +274,24 @@ def test_a_generation_of_which_only_the_begin_could_be_written_down_keeps_its_wo
     calm(world)
 
 
+def test_what_no_journal_knows_and_what_does_not_answer_may_lead_until_it_says_that_it_does_not() -> None:
+    world = recorded(workers=1)
+    world.turn("journal full", on=True)
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run(20.0)
+    [silent] = world.serving()
+    assert silent.leads
+    world.hang(silent)
+    world.kill_master()
+    world.run(4.0)
+    assert [process.key for process in world.live() if process.leads] == [silent.key]
+    world.wake(silent)
+    world.run(30.0)
+    assert [process.key[0] for process in world.live() if process.leads] == [world.state.current]
+    calm(world)
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}

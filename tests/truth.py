@@ -115,6 +115,7 @@ def is_calm(world: World) -> bool:
         *(state.changing, state.probation, state.queued, state.scaling, state.drained_watch),
         *(state.drain_change, state.scale_queued, state.swap, state.swaps_queued, state.swaps_told),
         *(len(state.generations) != 1, world.answers.keys() != world.asked.keys()),
+        *(process.hung for process in world.living.values()),
     )
     if any(under_way):
         return False
