@@ -351,6 +351,8 @@ def _look_after_current(
             continue
         if worker.drain_mode != turn.state.drain_mode:
             turn.tell_drain(current, worker)
+        if worker.services is ServicesState.ACTIVE:  # and may be about to cease, as it was told before
+            worker.services, worker.services_retry = ServicesState.ACTIVATING, turn.now
         if known.instance is not None:  # else nobody knows what was decided
             _compare_services(turn, known, current, worker, told.versions)
     if known.swap is not None:

@@ -171,6 +171,7 @@ class Process:
     prepared: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Swap → the service and the version that it has beside the old one."""
     services_active: bool = False
+    services_busy_until: float = 0.0
     leads: bool = False
     """Whether the services that only one process may have active are active here."""
     backlog: list[Callable[[], None]] = field(default_factory=list)
@@ -410,26 +411,40 @@ class Process:
         return ""
 
     def _obey_about_services(self, call: Call, command: m.Command) -> str | None:
+        """One thing after the other: what was begun for an earlier master goes on."""
+        left = self.services_busy_until - self.world.now
+        if left > 0:
+            self.world.at(left, lambda: self.act(lambda: self._answer_about_services(call, command)))
+            return None
+        return self._change_services(call, command)
+
+    def _answer_about_services(self, call: Call, command: m.Command) -> None:
+        error = self._change_services(call, command)
+        if error is not None:
+            self.world.shell.take_answer(self, call, error)
+
+    def _change_services(self, call: Call, command: m.Command) -> str | None:
         begins = command.verb is Verb.SERVICES_ACTIVATE
         if begins and self.has("refuses services"):
             return "no broker"
         if not begins and self.has("never deactivates"):
             self.deaf = True
             return None
-        slow = self.has("slow services")
         if begins:
             self.services_active = True  # from now on they may be
             self.leads = self.leads or command.lead
-        if not slow:
+        if not self.has("slow services"):
             self._have_changed(begins)
             return ""
         self.deaf = True
+        slow_s = min(SLOW_SERVICES_S, command.budget)
+        self.services_busy_until = self.world.now + slow_s
 
         def done() -> None:
             self._have_changed(begins)
             self.world.shell.take_answer(self, call, "")
 
-        self.world.at(min(SLOW_SERVICES_S, command.budget), lambda: self.act(done))
+        self.world.at(slow_s, lambda: self.act(done))
         return None
 
     def _have_changed(self, active: bool) -> None:

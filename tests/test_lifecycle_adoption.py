@@ -274,6 +274,24 @@ def test_a_generation_of_which_only_the_begin_could_be_written_down_keeps_its_wo
     calm(world)
 
 
+def test_services_that_were_ceasing_for_the_last_master_are_active_again_where_their_generation_serves_again() -> (
+    None
+):
+    world = reloaded(park_for=60.0)
+    assert [process.key for process in world.live() if process.leads] == [(2, 1)]
+    world.faults["slow services"] = "all"
+    assert answered(world, world.rollback()).ok
+    world.run(0.5)
+    assert answered(world, world.rollback()).ok
+    world.run(0.1)
+    world.kill_master()
+    world.faults.clear()
+    world.run(40.0)
+    assert all(process.services_active for process in world.serving())
+    assert [process.key[0] for process in world.live() if process.leads] == [world.state.current]
+    calm(world)
+
+
 def test_what_no_journal_knows_and_what_does_not_answer_may_lead_until_it_says_that_it_does_not() -> None:
     world = recorded(workers=1)
     world.turn("journal full", on=True)
