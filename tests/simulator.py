@@ -342,6 +342,7 @@ class World:
         self.said["adopted"] += 1
         self.guessed |= {process.key for process in self.live() if process.accept_master() is None}
         self.state = adopted.state
+        self.served_at_stop, self.cut_at_stop = None, False  # nobody has asked this one to stop
         self.begun, self.undrained = set(self.state.generations), set(self.state.drained_watch)
         if self.state.current is not None and self.state.current not in self.promoted:
             self.promoted.append(self.state.current)  # it alone accepts, so its promote is done
@@ -356,7 +357,6 @@ class World:
         if self.reached is not None:
             watch(self.reached, self, before, m.TimePassed(), adopted.effects)
         if self.state.current is None:
-            self.served_at_stop = None
             self.reload()
         self.put(m.TimePassed())
 
