@@ -254,7 +254,8 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
         )
     if previous is not None:
         if previous.scaled_at >= promote.asof:
-            generation.target, generation.scaled_at = previous.target, turn.now
+            generation.target, generation.missing = previous.target, 0  # what it lacks is tried one by one
+            generation.scaled_at = turn.now
         _relieve(turn, promote, previous, generation)
     _watch_drained(turn, generation)
     staffing.fill(turn, generation)

@@ -493,3 +493,19 @@ def test_a_pause_of_the_master_does_not_shorten_how_long_a_generation_is_kept() 
     assert before.warm_until is not None
     assert after.generations[1].kept_until == before.kept_until + 100.0
     assert after.generations[1].warm_until == before.warm_until + 100.0
+
+
+def test_a_short_generation_that_takes_over_a_smaller_number_of_workers_serves_on() -> None:
+    world = started(3, park_for=100.0)
+    world.deploy()
+    for process in world.of(1)[:2]:
+        world.crash(process)
+    world.run(2.0)
+    assert world.state.generations[1].missing == 2
+    assert answered(world, world.reload()).ok
+    world.run(5.0)
+    assert answered(world, world.scale(2)).ok
+    assert answered(world, world.rollback()).ok
+    world.run(5.0)
+    assert {process.key[0] for process in world.serving()} == {1}
+    assert world.state.generations[1].missing == 1
