@@ -222,7 +222,9 @@ class World:
     def hand_over(self, process: Process, connections: int) -> None:
         """A worker lets go of so many: they wait in the relay until somebody takes them."""
         generation = process.key[0]
-        if generation != self.state.current and generation not in self.harmed and not process.orphaned:
+        ceased_s = self.now - self.idle_since.get(generation, self.now)
+        told_after = ceased_s > 1.5 * LATENCY_S  # before, it left alone, and its siblings were to stay
+        if told_after and generation not in self.harmed and not process.orphaned:
             siblings = [each.key for each in self.of(generation) if each.accepts and not each.deaf]
             assert not siblings, f"{siblings} read back what {process.key} hands over; {self.describe()}"
         self.relay += connections
