@@ -206,11 +206,9 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
     process = written.processes.get(key) if written is not None else None
     if found.booting:
         return worker
-    if process is None:  # the journal could not be written any more
-        worker.handover, worker.lead, worker.services = 0.0, True, ServicesState.ACTIVE
-    elif process.handover is not None:
-        worker.handover, worker.lead = process.handover, process.lead
-        worker.services = ServicesState.ACTIVE
+    if process is None or process.handover is not None:  # the journal may be behind, or not know it at all
+        worker.handover = 0.0 if process is None or process.handover is None else process.handover
+        worker.lead, worker.services = True, ServicesState.ACTIVE
     return worker
 
 

@@ -310,6 +310,23 @@ def test_what_no_journal_knows_and_what_does_not_answer_may_lead_until_it_says_t
     calm(world)
 
 
+def test_what_does_not_answer_may_lead_whatever_the_journal_knew_before_it_was_behind() -> None:
+    world = recorded(workers=2)
+    leader, silent = world.serving()
+    world.run(5.0)  # and that is written down
+    world.turn("journal full", on=True)
+    world.crash(leader)
+    world.run(5.0)
+    assert silent.leads
+    world.hang(silent)
+    world.kill_master()
+    world.run(1.0)
+    assert [process.key for process in world.live() if process.leads] == [silent.key]
+    world.run(60.0)
+    assert len([process for process in world.live() if process.leads]) == 1
+    calm(world)
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}
