@@ -202,13 +202,13 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
         return worker
     if known.numbers.swaps:
         worker.swaps_seen -= 1  # nobody knows what it has of what was decided
-    written = known.generations.get(number)
-    process = written.processes.get(key) if written is not None else None
     if found.booting:
         return worker
-    if process is None or process.handover is not None:  # the journal may be behind, or not know it at all
-        worker.handover = 0.0 if process is None or process.handover is None else process.handover
-        worker.lead, worker.services = True, ServicesState.ACTIVE
+    # what is written of it, if anything, may be of a time at which it was booting, or followed another
+    written = known.generations.get(number)
+    process = written.processes.get(key) if written is not None else None
+    worker.handover = (process.handover if process is not None else None) or 0.0
+    worker.lead, worker.services = True, ServicesState.ACTIVE
     return worker
 
 

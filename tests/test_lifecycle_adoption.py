@@ -327,6 +327,27 @@ def test_what_does_not_answer_may_lead_whatever_the_journal_knew_before_it_was_b
     calm(world)
 
 
+def test_what_does_not_answer_may_lead_though_it_was_booting_when_that_was_last_written() -> None:
+    world = recorded(workers=1, park_for=100.0)
+    world.deploy()
+    operation = world.reload()
+    world.run(0.5)
+    assert [process.mode for process in world.of(2)] == ["booting"]
+    world.turn("journal full", on=True)
+    assert answered(world, operation).ok
+    world.run(20.0)
+    [silent] = world.serving()
+    assert silent.leads
+    world.hang(silent)
+    world.kill_master()
+    world.run(4.0)
+    assert [process.key for process in world.live() if process.leads] == [silent.key]
+    world.wake(silent)
+    world.run(30.0)
+    assert len([process for process in world.live() if process.leads]) == 1
+    calm(world)
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}
