@@ -200,13 +200,14 @@ def _worker(known: memory.Memory, found: FoundWorker, now: float) -> m.Worker:
         worker.services = ServicesState.ACTIVE if told.services_active else ServicesState.IDLE
         worker.drain_mode = told.operator_drain
         return worker
-    if known.numbers.swaps:
-        worker.swaps_seen -= 1  # nobody knows what it has of what was decided
-    if found.booting:
-        return worker
     # what is written of it, if anything, may be of a time at which it was booting, or followed another
     written = known.generations.get(number)
     process = written.processes.get(key) if written is not None else None
+    if found.booting:
+        if known.numbers.swaps or (known.instance is not None and process is None):
+            worker.swaps_seen -= 1  # nobody knows what it was started with
+        return worker
+    worker.swaps_seen -= 1  # nor what it has by now: it may have followed a swap that was refused
     worker.handover = (process.handover if process is not None else None) or 0.0
     worker.lead, worker.services = True, ServicesState.ACTIVE
     return worker

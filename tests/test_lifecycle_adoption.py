@@ -258,6 +258,40 @@ def test_what_did_not_say_which_services_it_has_is_not_gone_back_to_as_it_is() -
     assert [process.versions for process in world.serving()] == [{"model": 2}]
 
 
+def test_what_did_not_say_whether_it_took_back_a_swap_is_not_gone_back_to_as_it_is() -> None:
+    world = recorded(workers=2, park_for=100.0)
+    old, other = world.live()
+    for process in (old, other):
+        process.work_s = 5.0
+    world.faults["silent commit"] = "odd"
+    assert not answered(world, world.swap(name="other")).ok
+    assert old.versions == {"model": 2}
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run(1.0)
+    world.hang(old)
+    world.kill_master()
+    world.wake(old)
+    world.restore(1)
+    assert answered(world, world.rollback(1)).ok
+    assert not old.accepts
+    assert [process.versions for process in world.serving()] == [{}, {}]
+
+
+def test_what_boots_with_a_swap_that_was_not_written_down_does_not_serve_with_it() -> None:
+    world = recorded(workers=2)
+    world.run(5.0)
+    world.turn("journal full", on=True)
+    assert answered(world, world.swap(name="other")).ok
+    world.crash(world.serving()[1])
+    world.run(0.2)
+    [respawn] = [process for process in world.live() if process.mode == "booting"]
+    assert respawn.versions == {"model": 2}
+    world.kill_master()
+    world.run(60.0)
+    assert [process.versions for process in world.serving()] == [{}, {}]
+
+
 def test_a_generation_of_which_only_the_begin_could_be_written_down_keeps_its_workers() -> None:
     world = recorded()
     world.deploy()
