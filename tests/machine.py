@@ -38,7 +38,9 @@ def why_not() -> str:
         if shutil.which(program) is None:
             return f"there is no {program} (Debian: systemd, dbus, util-linux)"
     if any(ROOT.is_relative_to(place) for place in ("/tmp", "/var/tmp")):
-        return f"{ROOT} is where the units have a directory of their own (PrivateTmp=): check it out elsewhere"
+        return (
+            f"{ROOT} is where the units have a directory of their own (PrivateTmp=): check it out elsewhere"
+        )
     return ""
 
 

@@ -125,7 +125,7 @@ def test_what_the_master_starts_beside_workers_is_left_to_those_who_ask_how_it_e
     with contained("shop:app", "--reload", "--strategy", "replace", cwd=directory) as (master, pid):
         master.wait_ready()
         for number in range(1, 4):
-            master.output.wait_for(r" watching ", count=number)
+            master.output.wait_for(r" watching directories=", count=number)
             [watcher] = [
                 child
                 for child in psutil.Process(pid).children()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scenario import ROOT
 
 import segue
 from segue.handoff.messages import ServiceRecord
@@ -205,7 +206,7 @@ def test_a_service_is_found_by_its_name() -> None:
         services["b"]
 
 
-def test_mypy_knows_the_type_of_what_one_gets(tmp_path: Path, root: Path) -> None:
+def test_mypy_knows_the_type_of_what_one_gets(tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(
         textwrap.dedent("""
         import segue
@@ -242,7 +243,7 @@ def test_mypy_knows_the_type_of_what_one_gets(tmp_path: Path, root: Path) -> Non
         [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "snippet.py"],
         check=False,
         cwd=tmp_path,
-        env={"MYPYPATH": str(root), "PATH": "/usr/bin:/bin"},
+        env={"MYPYPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
     )
