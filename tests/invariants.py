@@ -115,7 +115,10 @@ class Checks:
         if active != ([] if self.after.current is None else [self.after.current]) and not cleared:
             self.fail(f"{active} are active")
         ending = {GenerationState.DRAINING, GenerationState.FAILED, GenerationState.RETIRED}
+        serves_again = {self.after.current, self.after.promote.generation if self.after.promote else None}
         for generation in self.after.generations.values():
+            if generation.state is GenerationState.DRAINING and generation.id in serves_again:
+                continue
             if generation.state in ending and not generation.workers and generation.id != self.after.current:
                 self.fail(f"generation {generation.id} has ended and is not retired")
 

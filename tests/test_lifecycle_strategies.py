@@ -424,6 +424,20 @@ def test_a_breach_of_what_can_not_run_twice_goes_back_without_running_twice() ->
     assert outcomes(world) == [Outcome.ROLLED_BACK]
 
 
+def test_what_is_gone_back_to_starts_anew_though_its_last_worker_ends_while_it_waits_for_room() -> None:
+    world = started(1, strategy=Strategy.REPLACE, replace_timeout=5.0, park_for=10.0)
+    world.crash(world.serving()[0])
+    world.run(0.055)  # its respawn boots, when the next generation is asked for
+    assert answered(world, world.reload()).ok
+    assert world.of(1)
+    back = world.rollback()
+    until_phase(world, PromotePhase.CLEAR)
+    world.run_until(lambda: not world.of(1))
+    assert state_of(world, 1) is GenerationState.DRAINING
+    assert answered(world, back).ok
+    calm(world)
+
+
 def test_a_stop_while_nothing_serves_does_not_exit_with_0() -> None:
     world = replacing()
     operation = world.reload()
