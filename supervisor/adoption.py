@@ -39,6 +39,8 @@ _LEAVING = frozenset({WorkerMode.DRAINING, WorkerMode.DRAINED})
 _RETURNING = _LEAVING | {WorkerMode.QUIET, WorkerMode.PARKED}
 _KEPT = frozenset({GenerationState.ACTIVE, GenerationState.DRAINING, GenerationState.PARKED})
 """What a generation can have been that can still be gone back to."""
+_NOT_ACCEPTING = frozenset({"", GenerationState.BOOTING, GenerationState.STAGED, GenerationState.PARKED})
+"""What one was of which no worker can have accepted when that was written down; also one that wasn't known yet."""
 
 
 class Adopted(msgspec.Struct, frozen=True):
@@ -109,16 +111,22 @@ def _interrupted(known: memory.Memory) -> int | None:
 def _current(
     known: memory.Memory, grouped: Mapping[int, list[FoundWorker]], promoting: int | None
 ) -> int | None:
-    """The generation that serves: as written down, else the newest of which a worker accepts, else the one that did."""
+    """The generation that serves: as written down, else the newest of which a worker accepts, else the one that did.
+
+    Who does not answer may serve, too, unless another accepts that did not when the journal was written last.
+    """
     workers = grouped.get(known.current or 0, [])
-    if any(_serves(worker) for worker in workers):
-        return known.current
     candidates = [
         number
         for number, workers in grouped.items()
         if any(worker.told is not None and worker.told.mode is WorkerMode.ACTIVE for worker in workers)
         and number != known.current
     ]
+    since = [each for each in candidates if each != promoting and _was(known, each) in _NOT_ACCEPTING]
+    if any(_serves(worker) for worker in workers if worker.told is not None or not since):
+        return known.current
+    if since:
+        return max(since)
     if promoting in candidates:
         return promoting  # it accepts, and nothing else does
     returning = any(worker.told is not None and worker.told.mode in _RETURNING for worker in workers)

@@ -308,6 +308,42 @@ def test_a_generation_of_which_only_the_begin_could_be_written_down_keeps_its_wo
     calm(world)
 
 
+def test_what_accepts_serves_on_though_an_older_journal_names_one_that_does_not_answer() -> None:
+    world = recorded()
+    old, other = world.serving()
+    old.work_s = other.work_s = 30.0
+    world.run(5.0)
+    world.turn("journal full", on=True)
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run(1.0)
+    before = serving(world)
+    assert {key[0] for key in before} == {2}
+    world.hang(old)
+    world.kill_master()
+    assert serving(world) == before
+    world.run(100.0)
+    assert serving(world) == before
+    calm(world)
+
+
+def test_what_does_not_answer_is_not_taken_for_what_has_lost_its_promote() -> None:
+    """The new ones are told to serve when the master dies; the old ones, too busy to answer, serve on."""
+    world = recorded()
+    staged(world)
+    world.promote()
+    world.run(0.015)
+    assert all(process.accepts for process in world.of(2))
+    for process in world.of(1):
+        world.hang(process)
+    world.kill_master(downtime=0.1)
+    for process in world.of(1):
+        world.wake(process)
+    world.run(60.0)
+    assert len(world.serving()) == 2
+    calm(world)
+
+
 def test_services_that_were_ceasing_for_the_last_master_are_active_again_where_their_generation_serves_again() -> (
     None
 ):
