@@ -102,8 +102,8 @@ def _check_kept(turn: Turn, generation: m.Generation) -> None:
 
 
 def _check_time(turn: Turn, generation: m.Generation) -> None:
-    if generation.warm_until is not None and generation.warm_until <= turn.now:
-        generation.warm_until = None
+    if generation.warm_until is None or generation.warm_until <= turn.now:
+        generation.warm_until = None  # or it was kept warm only for a promote, which has failed
         for worker in generation.having(frozenset({WorkerState.PARKED})):
             turn.dismiss(generation, worker, "its time is over")
     if generation.kept_until is not None and generation.kept_until <= turn.now:

@@ -47,6 +47,25 @@ def test_a_generation_that_does_well_passes_and_the_old_one_ends() -> None:
     assert not world.rolled_back
 
 
+def test_what_need_not_stay_warm_ends_though_its_work_ended_while_going_back_to_it_was_tried() -> None:
+    world = started(probation=60.0, park_for=0.0)
+    first, second = world.serving()
+    second.work_s = 3.0
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run(2.0)
+    assert not first.alive
+    world.turn("slow disk", on=True)  # it takes a while to see that what is lacking can't be started any more
+    world.crash(world.of(2)[0])
+    world.run_until(lambda: second.mode == "parked")
+    assert outcomes(world) == []
+    world.run_until(lambda: bool(outcomes(world)), limit=20.0)
+    assert outcomes(world) == [Outcome.KEPT]
+    world.run(5.0)
+    assert not second.alive
+    assert state_of(world, 1) is GenerationState.PARKED
+
+
 def test_the_first_generation_is_not_on_probation_since_there_is_nothing_to_go_back_to() -> None:
     world = started(probation=PROBATION_S)
     assert world.state.probation is None
