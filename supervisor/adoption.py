@@ -113,17 +113,17 @@ def _current(
 ) -> int | None:
     """The generation that serves: as written down, else the newest of which a worker accepts, else the one that did.
 
-    Who does not answer may serve, too, unless another accepts that did not when the journal was written last.
+    Who does not answer may serve, too, and who is ready will; unless another accepts that did not when the journal was
+    written last.
     """
     workers = grouped.get(known.current or 0, [])
     candidates = [
         number
         for number, workers in grouped.items()
-        if any(worker.told is not None and worker.told.mode is WorkerMode.ACTIVE for worker in workers)
-        and number != known.current
+        if number != known.current and any(_accepts(worker) for worker in workers)
     ]
     since = [each for each in candidates if each != promoting and _was(known, each) in _NOT_ACCEPTING]
-    if any(_serves(worker) for worker in workers if worker.told is not None or not since):
+    if any(_accepts(worker) or (_serves(worker) and not since) for worker in workers):
         return known.current
     if since:
         return max(since)
@@ -131,6 +131,10 @@ def _current(
         return promoting  # it accepts, and nothing else does
     returning = any(worker.told is not None and worker.told.mode in _RETURNING for worker in workers)
     return max(candidates, default=known.current if returning else None)
+
+
+def _accepts(worker: FoundWorker) -> bool:
+    return worker.told is not None and worker.told.mode is WorkerMode.ACTIVE
 
 
 def _serves(worker: FoundWorker) -> bool:
@@ -244,7 +248,7 @@ def _go_on(turn: Turn, generation: m.Generation, found: FoundWorker) -> None:
     if found.booting:
         worker.deadline = turn.now + generation.limits.ready_timeout
     elif mode is None:
-        worker.state, worker.replace_why = WorkerState.HUNG, SILENT
+        worker.state, worker.replace_why, worker.unasked = WorkerState.HUNG, SILENT, True
     elif mode is WorkerMode.ACTIVE:
         worker.state = WorkerState.ACTIVE
     elif mode is WorkerMode.READY:

@@ -145,6 +145,8 @@ class Worker(msgspec.Struct):
     """How often it was told to be quiet and has yet to answer."""
     handover_refused: bool = False
     """It did not take its handover, and is told again when it shows that it is alive."""
+    unasked: bool = False
+    """It has not told its new master what it is: whether it accepts is not known before it has been told to."""
     cause: str = ""
     """Why it leaves or was killed, for the log."""
     handover: float | None = None

@@ -111,10 +111,10 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.WorkerReady, booting=reports.became_ready, hung=reports.woke_up),
     **_row(m.WorkerBeat, hung=reports.woke_up, draining=reports.hand_over_again),
     **_row(m.WorkerAsks, active=reports.asks),
-    **_row(m.Activated, activating=reports.activated),
+    **_row(m.Activated, activating=reports.activated, active=reports.activated_again),
     **_row(m.Quieted, **dict.fromkeys(_ONCE_CALLED, reports.quieted_earlier) | {"quieting": reports.quieted}),
     **_row(m.HandingOver, draining=reports.handing_over),
-    **_row(m.WorkerDrained, draining=reports.drained),
+    **_row(m.WorkerDrained, draining=reports.drained, hung=reports.woke_up),
     **_row(m.Parked, parked=reports.parked),
     **_row(
         m.ResponsesCounted, **dict.fromkeys((state.name.lower() for state in WorkerState), probation.counted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from segue.supervisor import model as m
 from segue.supervisor import operator_drain, probation, promotion, retirement, staffing
 from segue.supervisor.model import GenerationState, Verb, WorkerState
-from segue.supervisor.turn import COMMAND_TIMEOUT_S, SLACK_S, STOPPING_CAUSE, Turn
+from segue.supervisor.turn import ACTIVATE_TIMEOUT_S, COMMAND_TIMEOUT_S, SLACK_S, STOPPING_CAUSE, Turn
 
 _COMING = frozenset(
     {GenerationState.BOOTING, GenerationState.STAGED, GenerationState.ACTIVATING, GenerationState.MIXED}
@@ -56,9 +56,19 @@ def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
     staffing.fill(turn, generation)
 
 
-def woke_up(turn: Turn, _: m.Generation, worker: m.Worker, __: m.WorkerEvent) -> None:
-    """A hung one shows that it is alive."""
+def woke_up(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:
+    """A hung one shows that it is alive; one that the last master may have told to leave is told to serve."""
     worker.state = WorkerState.ACTIVE  # its replacement goes on, and then it leaves in peace
+    if worker.unasked:
+        turn.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S)
+
+
+def activated_again(_: Turn, __: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
+    """The answer to that; if it does not take it, it is as good as hung until it shows again that it is alive."""
+    assert isinstance(event, m.Activated)
+    if worker.unasked and event.error:
+        worker.state = WorkerState.HUNG
+    worker.unasked = worker.unasked and bool(event.error)
 
 
 def hand_over_again(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.WorkerEvent) -> None:

@@ -85,6 +85,7 @@ class Checks:
             self.kills,
             self.never_zero_serving,
             self.no_two_generations_accept,
+            self.serving_is_known,
             self.numbers,
             self.probation,
             self.kept,
@@ -261,6 +262,16 @@ class Checks:
                 late = self.world.now - self.world.superseded[number]
                 if late > LATE_S and number not in self.world.harmed:
                     self.fail(f"{process.key} still accepts after {late:.1f} s")
+
+    def serving_is_known(self) -> None:
+        """Who is believed to accept does, or is being told to; except for those that leave calls unanswered."""
+        if self.after.current is None or self.after.stopping is not None:
+            return
+        for worker in self.after.generations[self.after.current].having(frozenset({WorkerState.ACTIVE})):
+            process = self.world.processes[self.after.current, worker.id]
+            excused = process.hung or process.deaf or not process.alive or process.calls
+            if not process.accepts and not excused:
+                self.fail(f"{process.key} does not accept, and nobody knows")
 
     def numbers(self) -> None:
         if self.after.current is None or (self.after.stopping and self.after.stopping.begun):

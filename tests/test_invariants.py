@@ -41,6 +41,10 @@ def nobody_accepts(world: World) -> None:
         process.mode = "quiet"
 
 
+def one_does_not_accept(world: World) -> None:
+    world.of(2)[0].mode = "quiet"
+
+
 def current_one_is_retired(world: World) -> None:
     world.state.generations[2].state = GenerationState.RETIRED
 
@@ -140,6 +144,7 @@ def swaps_wait_for_nothing(world: World) -> None:
     [
         (last_worker_leaves, "the last worker that serves was taken away"),
         (nobody_accepts, "nobody accepts, though nobody crashed"),
+        (one_does_not_accept, "does not accept, and nobody knows"),
         (current_one_is_retired, "the last good generation is given up"),
         (two_are_active, "are active"),
         (generation_is_forgotten, "there are"),

@@ -327,6 +327,22 @@ def test_what_accepts_serves_on_though_an_older_journal_names_one_that_does_not_
     calm(world)
 
 
+def test_a_worker_that_did_not_answer_the_new_master_serves_once_it_wakes_though_it_was_leaving() -> None:
+    world = recorded(1, strategy=Strategy.REPLACE, replace_timeout=20.0)
+    [old] = world.serving()
+    old.work_s = 10.0
+    world.deploy()
+    world.reload()
+    until_phase(world, PromotePhase.CLEAR)
+    world.run(1.0)
+    assert not old.accepts
+    world.hang(old)
+    world.kill_master()
+    world.wake(old)
+    world.run(4.0)  # it says again that it is alive
+    assert serving(world) == {old.key}
+
+
 def test_what_does_not_answer_is_not_taken_for_what_has_lost_its_promote() -> None:
     """The new ones are told to serve when the master dies; the old ones, too busy to answer, serve on."""
     world = recorded()
