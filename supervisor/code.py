@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import msgspec
@@ -88,7 +89,8 @@ def read(app_dir: str, python: str) -> Code:
     return Code(
         content=whole.hexdigest()[:12],
         python=_version(python),
-        distributions={name.replace("_", "-").lower(): version for name, _, version in names},
+        # interned: the history keeps a hundred codes, and nearly all of them have the same installed
+        distributions={intern(name.replace("_", "-").lower()): intern(version) for name, _, version in names},
         git=_git(app_dir),
         files={path: digest.hex()[:12] for path, digest in digests.items()}
         if len(digests) <= _FILES_COMPARED
