@@ -96,7 +96,7 @@ class World:
         self.harmed: set[int] = set()
         """Generations with a worker that crashed, hung or could not be spoken with."""
         self.went_back = False
-        """Whether what serves now was gone back to."""
+        """Whether what serves now was gone back to, and that is known."""
         self.cleared = False
         """Whether a generation has ever made room for the next one."""
         self.served_at_stop: bool | None = None
@@ -346,6 +346,7 @@ class World:
         self.state = adopted.state
         self.served_at_stop, self.cut_at_stop = None, False  # nobody has asked this one to stop
         self.begun, self.undrained = set(self.state.generations), set(self.state.drained_watch)
+        self.went_back = self.went_back and not self.shell.is_behind
         if self.state.current is not None and self.state.current not in self.promoted:
             self.promoted.append(self.state.current)  # it alone accepts, so its promote is done
         self._forget(adopted.effects)

@@ -434,6 +434,23 @@ def test_what_does_not_answer_may_lead_though_it_was_booting_when_that_was_last_
     calm(world)
 
 
+def test_a_probation_that_was_written_down_goes_on_though_what_came_since_could_not_be() -> None:
+    world = reloaded(park_for=100.0, probation=100.0)
+    world.turn("journal full", on=True)
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run(1.0)
+    world.crash(world.serving()[0])
+    world.run(5.0)
+    assert [(effect.generation, effect.to) for effect in world.rolled_back] == [(3, 2)]
+    world.kill_master()
+    assert world.state.probation is not None
+    world.crash(world.serving()[0])
+    world.run(5.0)
+    assert outcomes(world)[-1] is Outcome.KEPT  # what it would go back to has ended since
+    assert {process.key[0] for process in world.serving()} == {2}
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}
