@@ -248,6 +248,34 @@ def test_a_generation_that_drains_goes_on_draining(application, tmp_path) -> Non
             again.stop()
 
 
+def test_what_accepts_serves_on_though_an_older_journal_names_one_that_hangs(application, tmp_path) -> None:
+    """As after a reload with a full disk: what has been drained since is not waited for."""
+    directory = application("1")
+    with on_a_port("shop:app", cwd=directory) as (master, port), Client(port) as stream:
+        stream.connection.request("GET", f"/sse?n=600&ms=100&until={tmp_path}/enough")
+        response = stream.connection.getresponse()
+        [old] = master.worker_pids()
+        path = Path(master.directory) / "journal"
+        written = path.read_bytes()
+        application("2")
+        master.reload()
+        [new] = master.worker_pids()
+        os.kill(old, signal.SIGSTOP)
+        master.process.kill()
+        master.process.wait()
+        path.write_bytes(written)
+        with taken_over(master, "shop:app", cwd=directory, port=port) as again:
+            assert again.worker_pids() == [new]
+            with Client(port) as client:
+                assert client.get("/")[2] == b"2"
+            os.kill(old, signal.SIGCONT)
+            (tmp_path / "enough").touch()
+            assert response.read().endswith(b"data: done\n\n")
+            again.wait_status(lambda s: [g["id"] for g in s["generations"]] == [2])
+            assert again.worker_pids() == [new]
+            again.stop()
+
+
 def test_workers_that_boot_when_the_master_dies_are_no_trouble(application, tmp_path) -> None:
     """A reload is cut short at its import: the old generation serves on, and the next reload succeeds."""
     directory = application("1")
