@@ -252,3 +252,15 @@ def test_a_worker_that_never_ended_is_found_at_the_end() -> None:
     world.spawned[1, 1] = world.now
     with pytest.raises(AssertionError, match="so often have workers ended"):
         truth.exited(world, 0)
+
+
+def test_a_death_that_is_not_seen_yet_is_waited_for() -> None:
+    world = World(1)
+    world.start()
+    world.run(20.0)
+    assert truth.is_calm(world)
+    world.turn("deaths seen late", on=True)
+    world.crash(world.serving()[0])
+    assert not truth.is_calm(world)
+    world.heal()
+    world.check_settled()

@@ -116,6 +116,7 @@ def is_calm(world: World) -> bool:
         *(state.drain_change, state.scale_queued, state.swap, state.swaps_queued, state.swaps_told),
         *(len(state.generations) != 1, world.answers.keys() != world.asked.keys()),
         *(process.hung for process in world.living.values()),
+        *(not process.alive and not process.reaped for process in world.processes.values()),
     )
     if any(under_way):
         return False
