@@ -124,6 +124,7 @@ class Turn:
     def activate(self, generation: m.Generation, worker: m.Worker, watch: float = 0.0) -> None:
         """Let it accept connections, again if it has before; for `watch` seconds what it answers is watched."""
         worker.state, worker.cause, worker.handover_refused = WorkerState.ACTIVATING, "", False
+        worker.unasked = False
         worker.deadline = self.now + self._busy_s(worker) + ACTIVATE_TIMEOUT_S + SLACK_S
         if worker.drain_mode != self.state.drain_mode:
             self.tell_drain(generation, worker)
