@@ -243,6 +243,8 @@ class Shell:
         """Its sockets are closed; that it has ended is seen in the same moment, or a little later."""
 
         def seen() -> None:
+            if process.reaped:
+                return  # a new master has come, and has not found it
             process.reaped = True
             self._world.tell(event)
             for call in process.calls:
@@ -319,6 +321,8 @@ class Shell:
         adopted = adoption.adopt(
             known, Found(workers), dict.fromkeys(world.releases, world.limits), world.now
         )
+        for process in world.processes.values():
+            process.reaped = process.reaped or not process.alive
         for process in world.live():
             process.orphaned, process.epoch = 0, world.epoch
             process.ready_seen = process.mode != "booting"

@@ -451,6 +451,18 @@ def test_a_probation_that_was_written_down_goes_on_though_what_came_since_could_
     assert {process.key[0] for process in world.serving()} == {2}
 
 
+def test_what_ended_before_the_new_master_came_is_not_taken_for_a_namesake_that_lives() -> None:
+    world = recorded()
+    world.run(5.0)
+    world.turn("journal full", on=True)
+    staged(world)
+    world.turn("deaths seen late", on=True)
+    world.kill_master()
+    assert not world.of(2)
+    assert answered(world, world.reload()).ok  # its number is given again
+    assert {process.key[0] for process in world.serving()} == {2}
+
+
 def test_without_a_journal_nothing_but_what_serves_is_kept() -> None:
     world = reloaded(park_for=100.0)
     world.shell.written = {}
