@@ -17,6 +17,7 @@ def live(page: Page) -> None:
 
 
 def sign_in(page: Page) -> None:
+    page.wait("!document.getElementById('signin').hidden")  # what is hidden takes no focus, and no keys
     page.run("document.getElementById('token').focus()")
     page.type(TOKEN)
     page.press_enter()
