@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import invariants
 import msgspec
 import pytest
 import truth
@@ -47,6 +48,10 @@ def one_does_not_accept(world: World) -> None:
 
 def current_one_is_retired(world: World) -> None:
     world.state.generations[2].state = GenerationState.RETIRED
+
+
+def parked_one_boots(world: World) -> None:
+    world.state.generations[1].state = GenerationState.BOOTING
 
 
 def two_are_active(world: World) -> None:
@@ -139,6 +144,23 @@ def swaps_wait_for_nothing(world: World) -> None:
     world.state.swaps_queued = (m.SwapAsked(79, "model", {}),)
 
 
+def swap_runs_while_workers_are_added(world: World) -> None:
+    world.state.swap = m.Swap(80, "model", 2, 2, {1: m.Share(Verb.SWAP_PREPARE)})
+    world.state.scaling = m.Scaling(None, 2, 2, 0)
+
+
+def nobody_owes_an_answer_to_a_swap(world: World) -> None:
+    world.state.swap = m.Swap(80, "model", 2, 2, {1: m.Share(None)})
+
+
+def followers_of_a_swap_have_no_deadline(world: World) -> None:
+    world.state.swap = m.Swap(80, "model", 2, 2, {1: m.Share(Verb.SWAP_COMMIT)}, m.SwapPhase.FOLLOW)
+
+
+def scaling_waits_for_nothing(world: World) -> None:
+    world.state.scale_queued = m.ScaleAsked(81, count=3)
+
+
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
@@ -146,6 +168,7 @@ def swaps_wait_for_nothing(world: World) -> None:
         (nobody_accepts, "nobody accepts, though nobody crashed"),
         (one_does_not_accept, "does not accept, and nobody knows"),
         (current_one_is_retired, "the last good generation is given up"),
+        (parked_one_boots, "generation 1 went from parked to booting"),
         (two_are_active, "are active"),
         (generation_is_forgotten, "there are"),
         (process_is_forgotten, "nobody knows of"),
@@ -167,6 +190,10 @@ def swaps_wait_for_nothing(world: World) -> None:
         (watch_has_vanished, "the probations of"),
         (reloads_wait_for_nothing, "reloads are queued behind nothing"),
         (swaps_wait_for_nothing, "swaps are queued behind nothing"),
+        (swap_runs_while_workers_are_added, "a swap runs beside"),
+        (nobody_owes_an_answer_to_a_swap, "the swap waits for nothing"),
+        (followers_of_a_swap_have_no_deadline, "the swap may wait for ever"),
+        (scaling_waits_for_nothing, "a change of the number of workers is queued behind nothing"),
     ],
 )
 def test_what_is_forbidden_is_found_after_the_step_in_which_it_comes(
@@ -184,6 +211,36 @@ def test_what_is_forbidden_is_found_after_the_step_in_which_it_comes(
         except (AssertionError, LookupError) as error:  # a rule may rely on another one
             found.append(str(error).splitlines()[0])
     assert any(told in each for each in found), found
+
+
+def nothing_is_current(world: World) -> None:
+    world.state.current = None
+
+
+def number_is_given_again(world: World) -> None:
+    world.state.next_generation = 2
+
+
+def worker_is_not_found(world: World) -> None:
+    del world.state.generations[2].workers[1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (worker_is_not_found, "and there are"),
+        (worker_is_made_up, "and there are"),
+        (nothing_is_current, "none is the current one"),
+        (number_is_given_again, "number is given again"),
+    ],
+)
+def test_what_a_new_master_must_not_overlook_is_found(broken: Callable[[World], None], told: str) -> None:
+    world = reloaded()
+    before = world.state.clone()
+    invariants.adopted(world, before, [])
+    broken(world)
+    with pytest.raises(AssertionError, match=told):
+        invariants.adopted(world, before, [])
 
 
 @pytest.mark.parametrize(

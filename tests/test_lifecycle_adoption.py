@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+from simulated_worker import Process
 from simulator import World
 from test_lifecycle_probation import outcomes
 from test_lifecycle_promotion import answered, calm, commands, serving, staged, started, state_of
@@ -378,11 +379,8 @@ def test_services_that_were_ceasing_for_the_last_master_are_active_again_where_t
     calm(world)
 
 
-def test_what_no_journal_knows_and_what_does_not_answer_may_lead_until_it_says_that_it_does_not() -> None:
-    world = recorded(workers=1)
-    world.turn("journal full", on=True)
-    world.deploy()
-    assert answered(world, world.reload()).ok
+def left_with_a_silent_leader(world: World) -> Process:
+    """What serves is one worker, and that does not answer the next master: no other leads."""
     world.run(20.0)
     [silent] = world.serving()
     assert silent.leads
@@ -390,6 +388,15 @@ def test_what_no_journal_knows_and_what_does_not_answer_may_lead_until_it_says_t
     world.kill_master()
     world.run(4.0)
     assert [process.key for process in world.live() if process.leads] == [silent.key]
+    return silent
+
+
+def test_what_no_journal_knows_and_what_does_not_answer_may_lead_until_it_says_that_it_does_not() -> None:
+    world = recorded(workers=1)
+    world.turn("journal full", on=True)
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    silent = left_with_a_silent_leader(world)
     world.wake(silent)
     world.run(30.0)
     assert [process.key[0] for process in world.live() if process.leads] == [world.state.current]
@@ -421,13 +428,7 @@ def test_what_does_not_answer_may_lead_though_it_was_booting_when_that_was_last_
     assert [process.mode for process in world.of(2)] == ["booting"]
     world.turn("journal full", on=True)
     assert answered(world, operation).ok
-    world.run(20.0)
-    [silent] = world.serving()
-    assert silent.leads
-    world.hang(silent)
-    world.kill_master()
-    world.run(4.0)
-    assert [process.key for process in world.live() if process.leads] == [silent.key]
+    silent = left_with_a_silent_leader(world)
     world.wake(silent)
     world.run(30.0)
     assert len([process for process in world.live() if process.leads]) == 1
