@@ -7,6 +7,9 @@ code on the disk beside them. After a *crash* of the master nothing is ended: sy
 Which of them it is, systemd knows: it has a job for the unit. It is asked by its own client, `systemctl`; when that can't
 be had, a stop is taken for a stop.
 
+Between the moment in which it was asked after a crash and the start of the next master a stop may come of which no hook is
+told any more. A guard stays behind for that long, and ends the workers if nobody comes for them.
+
 Rejected: stopping all workers in a restart too, with their idle connections waiting in the relay. It works, but who comes
 new waits for as long as the slowest request, or stream, of the old code takes.
 """
@@ -15,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from segue.supervisor import journal, leftovers, memory
@@ -32,6 +36,9 @@ _ASK_TIMEOUT_S = 5.0
 _YOUNG_S = 5.0
 _PAUSE_S = 1.0
 """After the death of a master that was younger than `_YOUNG_S`, so that `RestartSec=` can be next to nothing."""
+_GUARD_S = 10.0
+"""How long the next master may take to be there after a crash; one that starts is seen to by systemd."""
+_GUARD_PAUSE_S = 0.05
 _BUDGET_S = 30.0
 """For workers of which nobody has written down how long their stop may take."""
 
@@ -50,6 +57,8 @@ def run(unit: str, runtime_dir: str, environ: Mapping[str, str]) -> int:
         _mark(instances)
     elif job == STOP or result == "success":
         return _sweep(unit, instances)
+    elif environ.get("EXIT_CODE") in {"killed", "dumped"} and os.fork() == 0:
+        os._exit(_guard(unit, instances, result))
     return Status.OK
 
 
@@ -79,11 +88,37 @@ def _mark(instances: list[Instance]) -> None:
             _say(f"{instance.directory} can't be marked for a restart: {error.strerror}")
 
 
-def _sweep(unit: str, instances: list[Instance]) -> int:
+def _guard(unit: str, instances: list[Instance], result: str) -> int:
+    """Stay until the next master is there, or end what waits for it in vain; `result` is how the last one ended."""
+    deadline = time.monotonic() + _GUARD_S
+    while time.monotonic() < deadline and all(instance.locked_by() is None for instance in instances):
+        with contextlib.suppress(leftovers.NotInUnitError, OSError):
+            found = leftovers.members()  # before it is asked: who comes later belongs to another start
+            if _is_stopped(unit, result):
+                return _sweep(unit, instances, among=found)
+        time.sleep(_GUARD_PAUSE_S)
+    return Status.OK
+
+
+def _is_stopped(unit: str, result: str) -> bool:
+    """Whether somebody has stopped the unit after its main process ended with `result`; else systemd starts the next one, or
+    gives up because of a limit, or since it was told not to restart, and then the workers serve on.
+    """
+    names = ("ActiveState", "Job", "Restart", "RestartPreventExitStatus", "Result")
+    shown = _systemctl("show", *(f"--property={name}" for name in names), unit)
+    now = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    if now.get("Job", "0") not in {"", "0"} or now.get("Restart") in {None, "no", "on-success"}:
+        return False
+    if now["ActiveState"] == "failed":
+        return now["Result"] == result and not re.search(r"[A-Z]", now["RestartPreventExitStatus"])
+    return now["ActiveState"] == "inactive"
+
+
+def _sweep(unit: str, instances: list[Instance], among: Collection[int] | None = None) -> int:
     """``ExecStopPost=`` of a stop: nothing is left."""
     known = [memory.recall(journal.read(instance.journal)) for instance in instances]
     try:
-        leftovers.end_all(unit, max(map(_budget_s, known), default=_BUDGET_S), _say)
+        leftovers.end_all(unit, max(map(_budget_s, known), default=_BUDGET_S), _say, among)
     except (leftovers.NotInUnitError, OSError) as error:
         _say(f"--unit {unit}: {error}; nothing was ended")
         return Status.REFUSED

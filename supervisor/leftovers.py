@@ -78,25 +78,37 @@ def end_strays(known: Collection[int]) -> list[int]:
     return strays
 
 
-def end_all(unit: str, budget_s: float, say: Callable[[str], None]) -> None:
+def members() -> frozenset[int]:
+    """The pids of this process's unit. Raises `NotInUnitError`."""
+    return frozenset(_Group().pids())
+
+
+def end_all(
+    unit: str, budget_s: float, say: Callable[[str], None], among: Collection[int] | None = None
+) -> None:
     """End every process of `unit` but this one: workers gracefully within `budget_s` seconds, then by force.
 
-    A SIGTERM to this process says that the time is up. Raises `NotInUnitError`.
+    `among` is whom to end, if others may have come since. A SIGTERM to this process says that the time is up. Raises
+    `NotInUnitError`.
     """
     group = _Group()
     if group.unit != unit:
         raise NotInUnitError(f"this process runs in {group.unit}, not in {unit}")
+
+    def left_over() -> list[int]:
+        return [pid for pid in group.pids() if pid not in ours and (among is None or pid in among)]
+
     hurried, hurry = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(hurry)
     signal.signal(signal.SIGTERM, lambda *_: None)
     ours = {os.getpid(), os.getppid()}
-    if workers := [pid for pid in group.pids() if _is_worker(pid)]:
+    if workers := [pid for pid in left_over() if _is_worker(pid)]:
         say(f"workers without a master are being stopped: {', '.join(map(str, workers))}")
         _end(workers, signal.SIGTERM, budget_s, hurried)
-    if left := [pid for pid in group.pids() if pid not in ours]:
+    if left := left_over():
         say(f"processes are left and get SIGTERM: {', '.join(map(str, left))}")
         _end(left, signal.SIGTERM, TERM_GRACE_S, hurried)
-    while left := [pid for pid in group.pids() if pid not in ours]:
+    while left := left_over():
         say(f"processes are left and get SIGKILL: {', '.join(map(str, left))}")
         _end(left, signal.SIGKILL, TERM_GRACE_S, -1)
 
