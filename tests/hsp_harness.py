@@ -9,17 +9,21 @@ import hashlib
 import itertools
 import json
 import os
+import select
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiomqtt
-from scenario import ROOT
+import pytest
+from scenario import ROOT, Segue, supervised
 
 import segue
 from bench.broker import Broker
@@ -29,6 +33,9 @@ from segue.worker.backend.hsp.envelope import FACT, Envelope
 from segue.worker.backend.hsp.settings import HSPSettings
 
 DEADLINE_S = 60
+FACTS = "hsp/knowledge/facts/bench"
+MARKS = [pytest.mark.anyio, pytest.mark.usefixtures("own_state")]
+"""Of tests that have connectors in their own process."""
 
 
 def settings(broker: Broker | None, **more: Any) -> HSPSettings:
@@ -315,3 +322,66 @@ def dynamic_security(path: Path) -> list[str]:
     path.write_text(json.dumps(document))
     plugin = next(Path("/usr/lib").rglob("mosquitto_dynamic_security.so"))
     return [f"plugin {plugin}", f"plugin_opt_config_file {path}", "allow_anonymous false"]
+
+
+# -------------------------------------------------------------------------------------------- behind a real master
+
+SLOW_APP = """
+import asyncio
+
+import hsp_app
+
+write_down = hsp_app._write_down
+
+
+async def slowly(message):
+    await asyncio.sleep(0.01)
+    write_down(message)
+
+
+hsp_app._write_down = slowly
+app = hsp_app.app
+"""
+
+
+def configure(directory: Path, server: Broker, **more: Any) -> None:
+    wanted = {"host": "127.0.0.1", "port": server.port, "ai_id": "alpha", "barrier_timeout_s": 20.0} | more
+    lines = [f"{key} = {json.dumps(value)}" for key, value in wanted.items()]
+    (directory / "segue.toml").write_text("\n".join(["[services.hsp]", *lines, ""]))
+
+
+@contextlib.contextmanager
+def serving(
+    directory: Path, server: Broker, workers: int = 1, app: str = "hsp_app:app", **more: Any
+) -> Iterator[Segue]:
+    directory.mkdir()
+    shutil.copy(ROOT / "bench" / "hsp_app.py", directory / "hsp_app.py")
+    (directory / "slow_app.py").write_text(SLOW_APP)
+    configure(directory, server, **more)
+    env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
+    with supervised(app, "--workers", str(workers), cwd=directory, env=env) as master:
+        master.wait_status(connected)
+        yield master
+        master.stop(None)
+
+
+def connected(document: dict[str, Any]) -> bool:
+    return document["hsp"]["is_connected"] is True
+
+
+def received(directory: Path) -> Tally:
+    tally = Tally()
+    path = directory / "received"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        topic, number = map(int, line.split())
+        tally.seen.setdefault(topic, []).append(number)
+        tally.count += 1
+    return tally
+
+
+def wait_received(directory: Path, count: int) -> Tally:
+    """A file tells nobody that it has grown."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (tally := received(directory)).count < count and time.monotonic() < deadline:
+        select.select([], [], [], 0.05)
+    return tally

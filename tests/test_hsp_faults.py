@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import trustme
 from hsp_harness import (
+    FACTS,
+    MARKS,
     NOTHING,
     Agent,
     Proxy,
@@ -37,20 +39,7 @@ from bench.servers import free_port
 from segue.worker.backend.hsp.envelope import FACT
 from segue.worker.backend.hsp.settings import HSPSettings
 
-pytestmark = pytest.mark.anyio
-
-FACTS = "hsp/knowledge/facts/bench"
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """The loop on which workers run."""
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+pytestmark = MARKS
 
 
 async def refused_under_load(server: Broker, good: HSPSettings, bad: HSPSettings, reason: str) -> str:

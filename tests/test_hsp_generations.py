@@ -3,83 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import select
 import shutil
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hsp_harness import NOTHING, Tally, broker, dynamic_security, fact, persistent, publish, publisher
-from scenario import DEADLINE_S, ROOT, Client, Segue, supervised
-
-from bench.broker import Broker
-
-SLOW_APP = """
-import asyncio
-
-import hsp_app
-
-write_down = hsp_app._write_down
-
-
-async def slowly(message):
-    await asyncio.sleep(0.01)
-    write_down(message)
-
-
-hsp_app._write_down = slowly
-app = hsp_app.app
-"""
-FACTS = "hsp/knowledge/facts/bench"
-
-
-def configure(directory: Path, server: Broker, **more: Any) -> None:
-    wanted = {"host": "127.0.0.1", "port": server.port, "ai_id": "alpha", "barrier_timeout_s": 20.0} | more
-    lines = [f"{key} = {json.dumps(value)}" for key, value in wanted.items()]
-    (directory / "segue.toml").write_text("\n".join(["[services.hsp]", *lines, ""]))
-
-
-@contextlib.contextmanager
-def serving(
-    directory: Path, server: Broker, workers: int = 1, app: str = "hsp_app:app", **more: Any
-) -> Iterator[Segue]:
-    directory.mkdir()
-    shutil.copy(ROOT / "bench" / "hsp_app.py", directory / "hsp_app.py")
-    (directory / "slow_app.py").write_text(SLOW_APP)
-    configure(directory, server, **more)
-    env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
-    with supervised(app, "--workers", str(workers), cwd=directory, env=env) as master:
-        master.wait_status(connected)
-        yield master
-        master.stop(None)
-
-
-def connected(document: dict[str, Any]) -> bool:
-    return document["hsp"]["is_connected"] is True
-
-
-def received(directory: Path) -> Tally:
-    tally = Tally()
-    path = directory / "received"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        topic, number = map(int, line.split())
-        tally.seen.setdefault(topic, []).append(number)
-        tally.count += 1
-    return tally
-
-
-def wait_received(directory: Path, count: int) -> Tally:
-    """A file tells nobody that it has grown."""
-    deadline = time.monotonic() + DEADLINE_S
-    while (tally := received(directory)).count < count and time.monotonic() < deadline:
-        select.select([], [], [], 0.05)
-    return tally
+from hsp_harness import (
+    FACTS,
+    NOTHING,
+    broker,
+    configure,
+    connected,
+    dynamic_security,
+    fact,
+    persistent,
+    publish,
+    publisher,
+    received,
+    serving,
+    wait_received,
+)
+from scenario import Client, supervised
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from hsp_harness import (
+    FACTS,
+    MARKS,
     NOTHING,
     Proxy,
     Tally,
@@ -28,22 +30,9 @@ from segue.worker.backend.hsp.errors import BarrierError
 from segue.worker.backend.hsp.subscription import Subscription
 
 pytestmark = [
-    pytest.mark.anyio,
+    *MARKS,
     pytest.mark.parametrize("version", ["5", "3.1.1"]),
 ]
-
-FACTS = "hsp/knowledge/facts/bench"
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """The loop on which workers run."""
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 async def test_swaps_over_a_slow_and_uneven_network_keep_everything_in_order(

@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hsp_harness import NOTHING, Tally, agent, broker, fact, heard, publish, publisher, settings, until
+from hsp_harness import (
+    FACTS,
+    MARKS,
+    NOTHING,
+    Tally,
+    agent,
+    broker,
+    fact,
+    heard,
+    publish,
+    publisher,
+    settings,
+    until,
+)
 
 from segue.worker.backend.hsp.barrier import cut
 from segue.worker.backend.hsp.envelope import ACKNOWLEDGEMENT, FACT, envelope
 from segue.worker.backend.hsp.errors import BarrierError
 
-pytestmark = pytest.mark.anyio
-
-FACTS = "hsp/knowledge/facts/bench"
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """The loop on which workers run."""
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])

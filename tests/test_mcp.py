@@ -64,12 +64,6 @@ LIGHT = """
 """A server without the SDK, which takes most of a second to import."""
 
 
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """The loop on which workers run."""
-    return "asyncio", {"use_uvloop": True}
-
-
 def child(*arguments: str, **more: Any) -> MCPServer:
     """A server as a child, marked as the test's own."""
     arguments = arguments or (SERVER, "stdio")
