@@ -99,6 +99,7 @@ def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], no
     elif promoting is not None:
         outcome = "finished" if current == promoting else "undone"
     if state.current is not None:
+        _serve_again(turn, state.generations[state.current])
         _look_after_current(turn, known, state.generations[state.current], grouped)
     return Adopted(state, turn.effects, outcome, promoting)
 
@@ -237,8 +238,14 @@ def _go_on_all(turn: Turn, generation: m.Generation, workers: list[FoundWorker])
         return
     generation.state = GenerationState.DRAINING
     _leave(turn, generation, workers)
-    promotion.begin(turn, generation, PromoteKind.ROLLBACK, because=INTERRUPTED)
-    promotion.check(turn)
+
+
+def _serve_again(turn: Turn, current: m.Generation) -> None:
+    """What served last and serves nobody does so again; unless another is about to."""
+    if current.state is GenerationState.DRAINING and turn.state.promote is None:
+        promotion.begin(turn, current, PromoteKind.ROLLBACK, because=INTERRUPTED)
+    if turn.state.promote is not None:
+        promotion.check(turn)
 
 
 def _go_on(turn: Turn, generation: m.Generation, found: FoundWorker) -> None:
@@ -328,7 +335,6 @@ def _conclude_promote(
         return "undone"
     for worker in generation.having(frozenset({WorkerState.READY, WorkerState.ACTIVATING}) | m.RETURNING):
         turn.activate(generation, worker)
-    promotion.check(turn)
     return "finished"
 
 

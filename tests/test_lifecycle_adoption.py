@@ -379,6 +379,23 @@ def test_services_that_were_ceasing_for_the_last_master_are_active_again_where_t
     calm(world)
 
 
+def test_a_way_back_is_finished_though_nothing_serves_that_it_could_take_over_from() -> None:
+    world = reloaded(park_for=100.0, probation=100.0)
+    parked = {process.key for process in world.of(1)}
+    for process in world.serving():
+        process.work_s = 30.0
+    assert answered(world, world.scale(1)).ok
+    world.run(1.0)
+    [last] = world.serving()
+    world.crash(last)
+    world.kill_master()
+    world.run(1.0)
+    assert serving(world) == parked
+    assert world.state.current == 1
+    world.run(200.0)
+    calm(world)
+
+
 def left_with_a_silent_leader(world: World) -> Process:
     """What serves is one worker, and that does not answer the next master: no other leads."""
     world.run(20.0)
