@@ -46,6 +46,12 @@ FIGURES = [
         Figure(f"{key}-ms", "  one swap (median)", "ms", 30, "<", 1),
         Figure(f"{key}-worst", "  the slowest", "ms", digits=1),
         Figure(f"{key}-generations", "  then 20 generation swaps: lost + doubled + out of order", "", 0),
+        Figure(
+            f"{key}-pause",
+            "  from the last message of one process to the first of the next (median)",
+            "ms",
+            digits=1,
+        ),
         Figure(f"{key}-refused", "  swaps and reloads refused", "", 0),
         Figure(f"{key}-messages", "  messages handled", "", sense=">="),
     )
@@ -69,6 +75,7 @@ def measure(bench: Bench) -> Measured:
             f"{key}-ms": statistics.median(milliseconds),
             f"{key}-worst": max(milliseconds),
             f"{key}-generations": across.wrong,
+            f"{key}-pause": statistics.median(across.seconds or [0.0]) * 1000,
             f"{key}-refused": inside.refused + across.refused,
             f"{key}-messages": inside.handled + across.handled,
         }
@@ -83,6 +90,7 @@ class Tally:
     got: dict[int, list[int]] = field(default_factory=dict)
     sent: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    """Of each swap in the process; between generations, from the last message of one process to the first of the next."""
     refused: int = 0
 
     def take(self, topic: int, number: int) -> None:
@@ -218,9 +226,13 @@ def _generations(bench: Bench, broker: Broker, rate: int, reloads: int, wanted: 
                 wait_for(lambda: _count(received) >= sum(tally.sent), SETTLE_S, 0.1, lambda: "", lambda: None)
     finally:
         settings.unlink()
+    before: tuple[int, int] | None = None
     for line in _lines(received):
-        topic, number = line.split()
-        tally.take(int(topic), int(number))
+        topic, number, pid, microseconds = map(int, line.split())
+        tally.take(topic, number)
+        if before is not None and before[0] != pid:
+            tally.seconds.append((microseconds - before[1]) / 1e6)
+        before = pid, microseconds
     return tally
 
 

@@ -1,8 +1,12 @@
-"""The application of `bench.hsp`: an agent that writes down each numbered fact that it is given, in order."""
+"""The application of `bench.hsp`: an agent that writes down each numbered fact that it is given, in order.
+
+A line has its topic and number, which process was given it, and when (microseconds of a clock that all processes share).
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ _received = os.open(
 
 def _write_down(message: Envelope) -> None:
     if "number" in message.payload:
-        os.write(_received, b"%d %d\n" % (message.payload["topic"], message.payload["number"]))
+        fact = message.payload["topic"], message.payload["number"]
+        os.write(_received, b"%d %d %d %d\n" % (*fact, os.getpid(), time.monotonic_ns() // 1000))
 
 
 def _make(settings: HSPSettings, previous: HSPConnector | None = None) -> HSPConnector:

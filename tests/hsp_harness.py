@@ -373,7 +373,7 @@ def received(directory: Path) -> Tally:
     tally = Tally()
     path = directory / "received"
     for line in path.read_text().splitlines() if path.exists() else []:
-        topic, number = map(int, line.split())
+        topic, number = map(int, line.split()[:2])
         tally.seen.setdefault(topic, []).append(number)
         tally.count += 1
     return tally

@@ -7,21 +7,18 @@ A connector has one while a broker is configured. How a subscription passes on w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from segue.worker.backend.hsp.barrier import Probe, cut, rehearse
-from segue.worker.backend.hsp.client import Will
 from segue.worker.backend.hsp.continuity import Continuity
 from segue.worker.backend.hsp.errors import LinkError
 from segue.worker.backend.hsp.inbox import Inbox
-from segue.worker.backend.hsp.leaving import Name
-from segue.worker.backend.hsp.link import Link
 from segue.worker.backend.hsp.mailbox import Mailbox
 from segue.worker.backend.hsp.scout import rights, send_probes
+from segue.worker.backend.hsp.sessions import Sessions
 from segue.worker.backend.hsp.settings import HSPSettings
 from segue.worker.backend.hsp.subscription import Mode, Subscription, ended
 from segue.worker.backend.hsp.topics import Topics
@@ -62,7 +59,6 @@ class Holder:
         """Why there is none though there should be."""
         self._known = known
         self._inbox = inbox
-        self._will = will
         self._announce = announce
         self._reserved: str | None = None
         """A session that was made before it was needed."""
@@ -73,6 +69,9 @@ class Holder:
         self._keeping: asyncio.Task[None] | None = None
         self._announcing: asyncio.Task[None] | None = None
         self._witness = Witness(settings, topics, mailbox.publish, lambda: self.subscription)
+        self._sessions = Sessions(
+            settings, topics, known.leaving, inbox.receive, will, self._witness.overhear
+        )
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -102,11 +101,11 @@ class Holder:
         """
         if self.mailbox.seat is not None:
             return
-        session, tries = self._sessions()[0], _RESERVE_TRIES
+        session, tries = self._sessions.names[0], _RESERVE_TRIES
         while self._reserved is None:
-            subscription = self._make(session, Mode.STOP)
+            subscription = self._sessions.make(session, Mode.STOP)
             try:
-                await self._open(subscription, fresh=False)
+                await self._sessions.open(subscription, fresh=False)
             except LinkError:  # perhaps another worker of the generation does the same
                 tries -= 1
                 if tries == 0:
@@ -125,8 +124,10 @@ class Holder:
         shares = bool(old.settings.shared_group or self.settings.shared_group)
         self._moves, self.at_the_cut = moves, not moves and not shares
         if self.at_the_cut:
-            new = self._make(self._other(theirs.session), Mode.DROP, heard_before=old.topics.stream)
-            await self._open(new, fresh=True)
+            new = self._sessions.make(
+                self._sessions.other(theirs.session), Mode.DROP, heard_before=old.topics.stream
+            )
+            await self._sessions.open(new, fresh=True)
             self.prepared = new
             publish, timeout_s = self.mailbox.publish, self.settings.barrier_timeout_s
             await rehearse(theirs, new, self.topics, publish, self._prober(old), timeout_s)
@@ -135,11 +136,11 @@ class Holder:
         await trial.run(compare=moves)
         if moves:
             session, known = self._where()
-            new = self._make(session, Mode.WAIT)
-            await self._open(new, fresh=False, known=known)
+            new = self._sessions.make(session, Mode.WAIT)
+            await self._sessions.open(new, fresh=False, known=known)
         else:
-            new = self._make(self._other(theirs.session), Mode.WAIT)
-            await self._open(new, fresh=True)
+            new = self._sessions.make(self._sessions.other(theirs.session), Mode.WAIT)
+            await self._sessions.open(new, fresh=True)
         self.prepared = new
 
     def _prober(self, old: Holder) -> Probe:
@@ -181,50 +182,22 @@ class Holder:
         await mailbox.settle()
         seat = mailbox.seat
         session, known = self._where()
-        subscription = self._make(session, Mode.RUN)
-        await self._open(subscription, fresh=False, known=known)
+        subscription = self._sessions.make(session, Mode.RUN)
+        await self._sessions.open(subscription, fresh=False, known=known)
         if seat is not None and not subscription.resumed:
             self._known.counts.gaps += 1
             self._known.problem(session, "the broker has not kept the session: messages may be lost")
         self._have(subscription)
         if seat is None or seat.holder != self.topics.instance:
-            other = self._other(session)
-            self._known.leaving.begin(self._name(other), self._tidy(other))
+            # a process may have died in the middle of a swap
+            self._sessions.forget(self._sessions.other(session))
         await self.appear()
 
     def _where(self) -> tuple[str, tuple[str, ...]]:
         """The session to go on with, and what it is said to be subscribed to."""
         seat = self.mailbox.seat
-        session = self.session or (seat.session if seat else self._sessions()[0])
+        session = self.session or (seat.session if seat else self._sessions.names[0])
         return session, seat.filters if seat and seat.session == session else ()
-
-    def _sessions(self) -> tuple[str, str]:
-        """The agent has two, of which one is in use: so there is never one that nobody knows of."""
-        name = f"{self.settings.client_id_prefix}-{self.topics.ai_id}"
-        return f"{name}-a", f"{name}-b"
-
-    def _other(self, session: str) -> str:
-        one, other = self._sessions()
-        return one if session != one else other
-
-    def _name(self, session: str) -> Name:
-        return self.settings.address, session
-
-    async def _open(self, subscription: Subscription, *, fresh: bool, known: tuple[str, ...] = ()) -> None:
-        await self._known.leaving.gone(self._name(subscription.session))
-        await subscription.open(fresh=fresh, known=known)
-
-    def _make(self, session: str, mode: Mode, heard_before: tuple[str, ...] = ()) -> Subscription:
-        return Subscription(
-            self.settings,
-            self.topics,
-            session,
-            self._inbox.receive,
-            mode=mode,
-            will=Will(self.topics.advertisement, self._will),
-            heard_before=heard_before,
-            overhear=self._witness.overhear,
-        )
 
     def _have(self, subscription: Subscription) -> None:
         self.subscription, self.session = subscription, subscription.session
@@ -240,11 +213,6 @@ class Holder:
             await self._announce()
         except LinkError as error:
             _log.warning("event=hsp-not-announced reason=%s", error)
-
-    async def _tidy(self, session: str) -> None:
-        """Have the broker forget what a process left that died in the middle of a swap."""
-        with contextlib.suppress(LinkError):
-            await Link.forget(self.settings, session)
 
     # -------------------------------------------------------------------------------------------------- keeping it
 
@@ -339,7 +307,7 @@ class Holder:
                 await old.halt()
                 # from here on the rest is in the other session; not before that is written down may this one go
                 await heir.mailbox.take_seat(prepared.session, tuple(prepared.filters))
-                self._known.leaving.begin(self._name(old.session), old.end())
+                self._sessions.end(old)
             else:
                 await old.retire(self._mark)
         except LinkError as error:
@@ -403,7 +371,7 @@ class Holder:
             await self.subscription.stop()
             await self.subscription.leave()
         if self._reserved is not None and not self._seated and self.mailbox.seat is None:
-            self._known.leaving.begin(self._name(self._reserved), self._tidy(self._reserved))
-        await self._known.leaving.all_gone()
+            self._sessions.forget(self._reserved)
+        await self._sessions.all_gone()
         if self._announcing is not None:
             await ended(self._announcing)

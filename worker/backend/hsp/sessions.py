@@ -1,0 +1,86 @@
+"""The two sessions of an agent at its broker: their names, and connections to them.
+
+Of the two one is in use, so there is never one that nobody knows of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from segue.worker.backend.hsp.client import Will
+from segue.worker.backend.hsp.errors import LinkError
+from segue.worker.backend.hsp.leaving import Leaving, Name
+from segue.worker.backend.hsp.link import Link
+from segue.worker.backend.hsp.settings import HSPSettings
+from segue.worker.backend.hsp.subscription import Mode, Subscription, Take
+from segue.worker.backend.hsp.topics import Topics
+
+
+class Sessions:
+    """As one connector sees them."""
+
+    def __init__(
+        self,
+        settings: HSPSettings,
+        topics: Topics,
+        leaving: Leaving,
+        take: Take,
+        will: bytes,
+        overhear: Callable[[bytes], None],
+    ) -> None:
+        """`will` is what the broker is to say when a connection is lost; `take` and `overhear` are `Subscription`'s."""
+        self._settings = settings
+        self._topics = topics
+        self._leaving = leaving
+        self._take = take
+        self._will = Will(topics.advertisement, will)
+        self._overhear = overhear
+        name = f"{settings.client_id_prefix}-{topics.ai_id}"
+        self.names = f"{name}-a", f"{name}-b"
+
+    def other(self, session: str) -> str:
+        """The one beside it."""
+        one, other = self.names
+        return one if session != one else other
+
+    def make(self, session: str, mode: Mode, heard_before: tuple[str, ...] = ()) -> Subscription:
+        """A subscription that is to be connected to a session."""
+        return Subscription(
+            self._settings,
+            self._topics,
+            session,
+            self._take,
+            mode=mode,
+            will=self._will,
+            heard_before=heard_before,
+            overhear=self._overhear,
+        )
+
+    async def open(self, subscription: Subscription, *, fresh: bool, known: tuple[str, ...] = ()) -> None:
+        """`Subscription.open`, once what is under way with its session in this process is done. Raises `LinkError`."""
+        await self.gone(subscription.session)
+        await subscription.open(fresh=fresh, known=known)
+
+    async def gone(self, session: str) -> None:
+        """Wait until what is under way with it in this process is done."""
+        await self._leaving.gone(self._name(session))
+
+    def end(self, subscription: Subscription) -> None:
+        """Have the broker drop a session, beside; what was in it has been seen to."""
+        self._leaving.begin(self._name(subscription.session), subscription.end())
+
+    def forget(self, session: str) -> None:
+        """Have the broker drop, beside, what somebody else has left of a session that isn't in use."""
+        self._leaving.begin(self._name(session), self._forget(session))
+
+    async def _forget(self, session: str) -> None:
+        with contextlib.suppress(LinkError):
+            await Link.forget(self._settings, session)
+
+    async def all_gone(self) -> None:
+        """Wait until all that was begun here beside is done."""
+        await self._leaving.all_gone()
+
+    def _name(self, session: str) -> Name:
+        return self._settings.address, session
