@@ -324,6 +324,21 @@ def dynamic_security(path: Path) -> list[str]:
     return [f"plugin {plugin}", f"plugin_opt_config_file {path}", "allow_anonymous false"]
 
 
+SOME = ("tasks", "capabilities", "acknowledgements", "_swap")
+"""What an agent needs beside facts."""
+
+
+def rights(path: Path) -> str:
+    """An access control list: `ann` may do anything but read secrets, `mute` knows no facts, `deaf` may only tell some."""
+    some = "\n".join(f"topic readwrite hsp/{each}/#" for each in SOME)
+    path.write_text(
+        f"user ann\n{some}\ntopic readwrite hsp/knowledge/#\ntopic write hsp/secret/#\n\n"
+        f"user mute\n{some}\n\nuser deaf\n{some}\ntopic write hsp/knowledge/#\n"
+    )
+    path.chmod(0o600)
+    return f"acl_file {path}"
+
+
 # -------------------------------------------------------------------------------------------- behind a real master
 
 SLOW_APP = """

@@ -27,6 +27,7 @@ from hsp_harness import (
     persistent,
     publish,
     publisher,
+    rights,
     settings,
     until,
 )
@@ -37,6 +38,7 @@ import segue
 from bench.broker import Broker
 from bench.servers import free_port
 from segue.worker.backend.hsp.envelope import FACT
+from segue.worker.backend.hsp.errors import HSPError
 from segue.worker.backend.hsp.settings import HSPSettings
 
 pytestmark = MARKS
@@ -63,7 +65,7 @@ async def refused_under_load(server: Broker, good: HSPSettings, bad: HSPSettings
 
 @contextlib.contextmanager
 def publisher_as(server: Broker, good: HSPSettings) -> Iterator[Any]:
-    with publisher(server, 100, 1, user=good.username, password=good.password.reveal()) as published:
+    with publisher(server, 100, good.qos, user=good.username, password=good.password.reveal()) as published:
         yield published
 
 
@@ -155,23 +157,65 @@ async def test_a_subscription_that_the_broker_refuses_refuses_the_swap(tmp_path:
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-@pytest.mark.parametrize("may_write", [True, False])
+@pytest.mark.parametrize("qos", [1, 2])
+@pytest.mark.parametrize("name", ["mute", "deaf"])
 async def test_a_subscription_that_is_granted_and_never_served_refuses_the_swap(
-    tmp_path: Path, version: Any, may_write: bool
+    tmp_path: Path, version: Any, qos: Any, name: str
 ) -> None:
-    rights = tmp_path / "rights"
-    all_but_facts = "\n".join(
-        f"topic readwrite hsp/{each}/#" for each in ("tasks", "capabilities", "acknowledgements", "_swap")
-    )
-    write = "topic write hsp/knowledge/#" if may_write else ""
-    rights.write_text(f"user ann\ntopic readwrite #\n\nuser bob\n{all_but_facts}\n{write}\n")
-    rights.chmod(0o600)
-    with broker(tmp_path, f"acl_file {rights}") as server:
-        good = settings(server, username="ann", mqtt_version=version)
-        bad = settings(server, username="bob", mqtt_version=version)
+    with broker(tmp_path, rights(tmp_path / "rights")) as server:
+        good = settings(server, username="ann", mqtt_version=version, qos=qos)
+        bad = settings(server, username=name, mqtt_version=version, qos=qos)
         await refused_under_load(
             server, good, bad, "grants the subscription to hsp/knowledge/facts/#, but does not serve it"
         )
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize("qos", [1, 2])
+@pytest.mark.parametrize("what", ["filter", "broker"])
+async def test_what_is_new_is_refused_if_it_is_granted_and_never_served(
+    tmp_path: Path, version: Any, qos: Any, what: str
+) -> None:
+    """The old connector can't have been given it: what the broker has taken says so."""
+    acl = rights(tmp_path / "rights")
+    who: dict[str, Any] = {"username": "ann", "mqtt_version": version, "qos": qos}
+    with broker(tmp_path, acl) as server, broker(tmp_path / "other", acl) as other:
+        if what == "filter":
+            bad = settings(server, filters=("hsp/knowledge/facts/#", "hsp/secret/#"), **who)
+            denied = "hsp/secret/#"
+        else:
+            bad, denied = settings(other, **who | {"username": "deaf"}), "hsp/knowledge/facts/#"
+        reason = f"grants the subscription to {denied}, but does not serve it"
+        await refused_under_load(server, settings(server, **who), bad, reason)
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_new_filter_and_another_broker_that_are_served_are_swapped_to(
+    tmp_path: Path, version: Any, qos: Any
+) -> None:
+    acl, tally = rights(tmp_path / "rights"), Tally()
+    who: dict[str, Any] = {"username": "ann", "mqtt_version": version, "qos": qos}
+    with broker(tmp_path, acl) as server, broker(tmp_path / "other", acl) as other:
+        good = settings(server, **who)
+        async with agent(good, tally) as alpha:
+            with publisher_as(server, good) as published:
+                await tally.more()
+                await alpha.swap(settings(server, filters=("hsp/knowledge/#",), **who))
+            await alpha.swap(settings(other, **who))
+            await tally.reach(sum(published.sent))
+            assert tally.verdict(published.sent) == NOTHING
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_message_that_the_broker_refuses_is_told_to_who_publishes_it(
+    tmp_path: Path, qos: Any
+) -> None:
+    with broker(tmp_path, rights(tmp_path / "rights")) as server:
+        async with agent(settings(server, username="mute", qos=qos)) as alpha:
+            with pytest.raises(HSPError, match="refuses the message: Not authorized"):
+                await alpha.current.publish_fact("bench/0", {"number": 1})
+            assert alpha.current.metrics()["unsent"] == 0
 
 
 # ------------------------------------------------------------------------------------------------- it goes and comes

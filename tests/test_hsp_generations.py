@@ -23,6 +23,7 @@ from hsp_harness import (
     publish,
     publisher,
     received,
+    rights,
     serving,
     wait_received,
 )
@@ -108,27 +109,13 @@ def test_a_new_generation_whose_subscription_is_refused_does_not_begin(tmp_path:
         master.reload()
 
 
-SOME = ("tasks", "capabilities", "acknowledgements", "_swap")
-"""What an agent needs beside facts."""
-
-
-def rights(path: Path) -> str:
-    """An access control list: `ann` may do anything but read secrets, `mute` knows no facts, `deaf` may only tell some."""
-    some = "\n".join(f"topic readwrite hsp/{each}/#" for each in SOME)
-    path.write_text(
-        f"user ann\n{some}\ntopic readwrite hsp/knowledge/#\ntopic write hsp/secret/#\n\n"
-        f"user mute\n{some}\n\nuser deaf\n{some}\ntopic write hsp/knowledge/#\n"
-    )
-    path.chmod(0o600)
-    return f"acl_file {path}"
-
-
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize("qos", [1, 2])
 def test_a_new_generation_whose_subscription_is_granted_and_never_served_does_not_begin(
-    tmp_path: Path, version: str
+    tmp_path: Path, version: str, qos: int
 ) -> None:
     code = tmp_path / "code"
-    who: dict[str, Any] = {"username": "ann", "mqtt_version": version}
+    who: dict[str, Any] = {"username": "ann", "mqtt_version": version, "qos": qos}
     not_served: list[tuple[dict[str, Any], str]] = [
         ({"username": "mute"}, "hsp/knowledge/facts/#"),
         ({"username": "deaf"}, "hsp/knowledge/facts/#"),
@@ -140,7 +127,7 @@ def test_a_new_generation_whose_subscription_is_granted_and_never_served_does_no
         broker(tmp_path / "other", acl) as other,
         serving(code, server, workers=2, **who) as master,
     ):
-        with publisher(server, 100, user="ann") as published:
+        with publisher(server, 100, qos, user="ann") as published:
             for changed, denied in not_served:
                 configure(code, server, **who | changed)
                 refused = master.command("reload")
@@ -154,8 +141,8 @@ def test_a_new_generation_whose_subscription_is_granted_and_never_served_does_no
             refused = master.command("reload")
             assert refused.returncode != 0
             assert "grants the subscription to hsp/knowledge/facts/#" in refused.stderr
-            configure(code, server, **who)
-            master.reload()
+            configure(code, server, **who | {"filters": ["hsp/knowledge/#"]})
+            master.reload()  # that is new, and served
         tally = wait_received(code, sum(published.sent))
         assert tally.verdict(published.sent) == NOTHING
 

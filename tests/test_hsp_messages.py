@@ -115,13 +115,17 @@ def test_payloads_that_an_agent_acts_on_are_checked() -> None:
             payloads.read(TaskRequest, wrong)
 
 
-def test_paho_has_what_acknowledgements_are_delayed_by() -> None:
+def test_paho_has_what_is_reached_into() -> None:
     client = paho.Client(CallbackAPIVersion.VERSION2)
-    for name in ("_send_pubrec", "_handle_publish", "_handle_pubrel", "_handle_on_message", "_sock_close"):
+    names = ("_send_pubrec", "_handle_publish", "_handle_pubrel", "_handle_on_message", "_sock_close")
+    for name in (*names, "_handle_pubrec", "_do_on_publish"):
         assert callable(getattr(client, name)), (
             f"paho has no {name} any more; see worker/backend/hsp/client.py"
         )
     assert isinstance(client._in_messages, dict)
+    assert isinstance(client._out_messages, dict)
+    assert isinstance(client._in_packet["packet"], bytearray)
+    assert client._out_message_mutex
 
 
 # ------------------------------------------------------------------------------------------------------------ topics

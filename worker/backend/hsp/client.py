@@ -3,6 +3,7 @@
 paho can leave PUBACK to who has handled a message. At QoS 2 it can't: it sends PUBREC at once, keeps the message in memory
 until the broker releases it, and loses it with the process. So PUBREC, too, waits here until the message was handled, and
 the message is delivered with its PUBLISH: what is unhandled is still the broker's, and both qualities arrive in one order.
+Nor does it look at what PUBREC says (MQTT 5), which is where a broker refuses a message of QoS 2.
 This reaches into paho; the versions that it was tested with are in pyproject.toml.
 """
 
@@ -20,6 +21,7 @@ import aiomqtt
 import paho.mqtt.client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from segue.worker.backend.hsp.settings import HSPSettings
 
@@ -29,6 +31,8 @@ _log.setLevel(logging.CRITICAL)  # each of what it says is an error of a call he
 _RECEIVE_MAXIMUM = 1000
 """How many messages may be unacknowledged (MQTT 5; else the broker decides): the subscriber's loop may pause for a
 moment, and the broker's own queue is often limited."""
+_FAILED = 0x80
+"""Reason codes from here on say no."""
 _WILL_DELAY_S = 10
 """How long the broker waits before it says that the agent is offline (MQTT 5): another process may take over."""
 
@@ -125,6 +129,24 @@ def delay_acknowledgements(inner: paho.Client) -> Callable[[int], Any]:
     hidden._handle_publish = published
     hidden._handle_pubrel = released
     return cast("Callable[[int], Any]", send_pubrec)
+
+
+def tell_refusals(inner: paho.Client) -> None:
+    """From here on `on_publish` is told of a message of QoS 2 that is refused, as of one of QoS 1; it has no PUBREL."""
+    hidden = cast("Any", inner)
+    handle_pubrec = hidden._handle_pubrec
+
+    def received() -> Any:
+        packet = hidden._in_packet["packet"]
+        if len(packet) < 3 or packet[2] < _FAILED:
+            return handle_pubrec()
+        mid, code = int.from_bytes(packet[:2], "big"), ReasonCode(PacketTypes.PUBREC, identifier=packet[2])
+        with hidden._out_message_mutex:
+            if mid in hidden._out_messages:
+                return hidden._do_on_publish(mid, code, properties_of(PacketTypes.PUBREC))
+        return paho.MQTT_ERR_SUCCESS
+
+    hidden._handle_pubrec = received
 
 
 def properties_of(packet: int, **values: int) -> Properties:

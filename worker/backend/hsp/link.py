@@ -5,7 +5,8 @@ aiomqtt connects, subscribes and reads; around it is done what it doesn't do, ea
 - its message iterator loses what is in it when it is cancelled: messages come through its public queue hook, to a pump
   that is never cancelled between taking a message and handling it;
 - a cancelled or timed-out connect leaves a live connection behind: it is awaited and closed beside;
-- it tells neither a refused publish nor a kept session, and a lost connection leaves publishes waiting: paho's callbacks do;
+- it tells neither a refused publish nor a kept session, and a lost connection leaves publishes waiting: paho's callbacks
+  do, at QoS 2 with some help (`client`);
 - messages are acknowledged when handled, at QoS 2 as well (`client`);
 - it registers readers and writers a turn of the loop late, by number, when the socket may be another one's, and on uvloop
   never hears that a connection was reset: `readiness` does that;
@@ -32,7 +33,14 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from segue.worker.backend.hsp.client import Arrived, Will, build, delay_acknowledgements, properties_of
+from segue.worker.backend.hsp.client import (
+    Arrived,
+    Will,
+    build,
+    delay_acknowledgements,
+    properties_of,
+    tell_refusals,
+)
 from segue.worker.backend.hsp.errors import LinkError, RefusedError
 from segue.worker.backend.hsp.readiness import Readiness
 from segue.worker.backend.hsp.settings import HSPSettings
@@ -174,6 +182,7 @@ class Link:
         inner.on_socket_register_write = self._register_write
         inner.on_socket_unregister_write = self._unregister_write
         self._send_pubrec = delay_acknowledgements(inner)
+        tell_refusals(inner)
         return client
 
     # ---------------------------------------------------------------------------------------------- paho's callbacks

@@ -27,13 +27,12 @@ async def send_probes(settings: HSPSettings, topics: Collection[str], payload: b
     if not topics:
         return set()
     try:
-        taken = await _send(msgspec.structs.replace(settings, mqtt_version="5"), topics, payload)
+        return await _send(msgspec.structs.replace(settings, mqtt_version="5"), topics, payload)
     except LinkError:
         if not settings.v5:
             with contextlib.suppress(LinkError):
                 await _send(settings, topics, payload)
         return set()
-    return taken if settings.qos == 1 else set()  # paho doesn't tell what PUBREC says
 
 
 async def _send(settings: HSPSettings, topics: Collection[str], payload: bytes) -> set[str]:
