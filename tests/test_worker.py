@@ -60,6 +60,10 @@ async def app(scope, receive, send):
         with open(scope["query_string"].decode()) as fifo:
             fifo.read()
         await respond(send, b"waited")
+    elif path == "/until":
+        while not os.path.exists(scope["query_string"]):
+            await asyncio.sleep(0.01)
+        await respond(send, b"at last")
     elif path == "/slow":
         await asyncio.sleep(float(scope["query_string"]))
         await respond(send, b"slow")
@@ -70,6 +74,13 @@ async def app(scope, receive, send):
             await asyncio.sleep(0.01)
         with open(name + ".done", "w") as file:
             file.write("done")
+    elif path == "/held":  # answers when the file is there; what it does then keeps the loop until that is gone
+        name = scope["query_string"].decode()
+        while not os.path.exists(name):
+            await asyncio.sleep(0.01)
+        await respond(send, b"held")
+        while os.path.exists(name):
+            pass
     elif path == "/hoard":
         hoard.append(b"x" * int(scope["query_string"]))
         await respond(send, b"")
@@ -239,6 +250,29 @@ def test_keep_alive_time_is_carried_over_three_handovers(bench: Bench) -> None:
         assert worker.stop() == 0
 
 
+@pytest.mark.parametrize(("http", "loop"), STACKS)
+def test_the_next_request_after_a_response_is_for_the_next_generation(
+    bench: Bench, tmp_path: Path, http: str, loop: str
+) -> None:
+    """Also when it has come before the old one's loop could look at its connections again."""
+    old = bench.spawn(http=http, loop=loop).wait_ready().activate()
+    gate = tmp_path / "gate"
+    client = bench.client()
+    client.send(f"GET /held?{gate} HTTP/1.1\r\nHost: t\r\n\r\n".encode())
+    while old.status().in_flight != 1:
+        pass
+    new = bench.spawn(http=http, loop=loop).wait_ready().activate()
+    old.hand_over(wait=False)
+    gate.touch()
+    assert client.read().text == "held"
+    client.send(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+    gate.unlink()
+    assert client.read().headers["x-pid"] == str(new.pid)
+    old.wait_for("X_SEGUE_STATE", "drained")
+    assert old.stop() == 0
+    assert new.stop() == 0
+
+
 def test_a_background_task_outlives_the_move_of_its_connection(bench: Bench, tmp_path: Path) -> None:
     old = bench.spawn().wait_ready().activate()
     gate = tmp_path / "gate"
@@ -283,17 +317,18 @@ def test_nothing_is_lost_while_nobody_reads_the_relay(bench: Bench, http: str) -
     assert new.stop() == 0
 
 
-def test_a_draining_worker_can_be_activated_again(bench: Bench) -> None:
+def test_a_draining_worker_can_be_activated_again(bench: Bench, tmp_path: Path) -> None:
     old = bench.spawn().wait_ready().activate()
     streaming, talking, early = bench.client(), bench.client(), bench.client()
     early.send(b"POST /early HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n")
     early.read()
-    talking.send(b"GET /slow?0.5 HTTP/1.1\r\nHost: t\r\n\r\n")
+    talking.send(f"GET /until?{tmp_path}/enough HTTP/1.1\r\nHost: t\r\n\r\n".encode())
     while old.status().in_flight != 1:
         pass
     old.hand_over(wait=False)
     assert old.command("drain/stop?mode=handover").mode == "active"
-    assert talking.read().text == "slow"
+    (tmp_path / "enough").touch()
+    assert talking.read().text == "at last"
     assert talking.ask("/state").text == "1 1 False False True"
     early.send(b"12345")
     assert "connection" not in early.ask("/").headers
@@ -440,18 +475,19 @@ def test_websockets_end_with_1012_at_the_deadline_and_busy_requests_are_answered
     assert old.stop() == 0
 
 
-def test_a_stop_answers_what_is_busy_and_closes_what_is_idle(bench: Bench) -> None:
+def test_a_stop_answers_what_is_busy_and_closes_what_is_idle(bench: Bench, tmp_path: Path) -> None:
     worker = bench.spawn().wait_ready().activate()
     idle, busy, stream = bench.client(), bench.client(), bench.client()
     idle.ask()
-    busy.send(b"GET /slow?0.5 HTTP/1.1\r\nHost: t\r\n\r\n")
+    busy.send(f"GET /until?{tmp_path}/enough HTTP/1.1\r\nHost: t\r\n\r\n".encode())
     stream.send(b"GET /stream HTTP/1.1\r\nHost: t\r\n\r\n")
     while worker.status().in_flight != 2:
         pass
     assert worker.command("stop?timeout=10").mode == "stopping"
     worker.wait_for("STOPPING")
+    (tmp_path / "enough").touch()
     answer = busy.read()
-    assert (answer.text, answer.headers["connection"]) == ("slow", "close")
+    assert (answer.text, answer.headers["connection"]) == ("at last", "close")
     assert stream.read().text.endswith("xend")
     assert idle.is_closed(5)
     assert worker.wait() == 0
@@ -477,19 +513,22 @@ def test_sigterm_is_a_graceful_stop_and_sigint_is_nothing(bench: Bench) -> None:
     assert worker.wait() == 0
 
 
-def test_a_worker_that_waits_ends_with_its_master_and_one_that_serves_goes_on(bench: Bench) -> None:
+def test_a_worker_that_waits_ends_with_its_master_and_one_that_serves_goes_on(
+    bench: Bench, tmp_path: Path
+) -> None:
     active = bench.spawn().wait_ready().activate()
     draining = bench.spawn().wait_ready().activate()
     waiting = bench.spawn().wait_ready()
     client = bench.client()
-    client.send(b"GET /slow?0.5 HTTP/1.1\r\nHost: t\r\n\r\n")
+    client.send(f"GET /until?{tmp_path}/enough HTTP/1.1\r\nHost: t\r\n\r\n".encode())
     while active.status().in_flight + draining.status().in_flight != 1:
         pass
     leaving, staying = (draining, active) if draining.status().in_flight else (active, draining)
     leaving.hand_over(wait=False)
     bench.lose_master()
     assert waiting.wait() == 4
-    assert client.read().text == "slow"
+    (tmp_path / "enough").touch()
+    assert client.read().text == "at last"
     assert leaving.wait() == 0
     assert client.ask().headers["x-pid"] == str(staying.pid)
     assert staying.status().mode == "active"
@@ -708,11 +747,14 @@ def test_tls_connections_are_told_and_closed_when_silent(bench: Bench, tmp_path:
         client.sock = trusting.wrap_socket(client.sock, server_hostname="localhost")
         client.file = client.sock.makefile("rb")
         assert "connection" not in client.ask().headers
-    talking.send(b"GET /slow?0.1 HTTP/1.1\r\nHost: t\r\n\r\n")
+    talking.send(f"GET /until?{tmp_path}/enough HTTP/1.1\r\nHost: t\r\n\r\n".encode())
+    while old.status().in_flight != 1:
+        pass
     new = bench.spawn(**options).wait_ready().activate()
     old.hand_over(wait=False)
+    (tmp_path / "enough").touch()
     answer = talking.read()
-    assert answer.text == "slow"
+    assert (answer.text, answer.headers["connection"]) == ("at last", "close")
     talking.close()
     assert silent.sock.recv(1) == b""
     old.wait_for("X_SEGUE_STATE", "drained")

@@ -1,7 +1,8 @@
 """Handing connections over: sending each into the relay at a moment at which nothing of it is in this process.
 
 Idle connections go at once, many descriptors in a message, and each busy one once its response is out: a callback
-on its response is attached only now, so a request costs nothing extra while no handover is on. One batch is one
+on its response is attached only now, so a request costs nothing extra while no handover is on. From that callback until
+it has moved nothing more of it is read: its client's next request is for the next generation. One batch is one
 synchronous step: pause reading, prove (`segue.worker.idle`), send, and only when that has succeeded drop our own copy,
 without a FIN, since the relay holds the connection. When sending fails nothing has happened; it is tried again later.
 """
@@ -51,6 +52,8 @@ class Handover:
         self._listeners: frozenset[str] | None = None
         self._offered: deque[Protocol] = deque()
         self._seen: set[Protocol] = set()
+        self._held: set[Protocol] = set()
+        """Answered, and not read until the next turn, in which they move: what comes for them waits in the kernel."""
         self._unflushed: list[Protocol] = []
         """To be looked at in the next sweep: their clients read slowly, and there may be thousands of them."""
         self._scheduled: asyncio.Handle | None = None
@@ -78,6 +81,7 @@ class Handover:
     def stop(self) -> None:
         """Send nothing more; connections that are still here stay as they are."""
         self._on = False
+        self._read_on()
         self._offered.clear()
         self._unflushed.clear()
         for protocol in self._seen:
@@ -103,15 +107,33 @@ class Handover:
 
     def offer(self, protocol: Protocol) -> None:
         """A response of this connection is out: it may be able to move."""
-        if self._on:
+        if not self._on:
+            return
+        if self._judge(protocol) is Verdict.IDLE and not self._refused:
+            # the rest of this turn of the loop may last: what arrives meanwhile would be served here once more
+            protocol.transport.pause_reading()
+            self._held.add(protocol)
+            self._offered.appendleft(protocol)
+        else:
             self._offered.append(protocol)
-            self._schedule()
+        self._schedule()
 
     def movable(self, protocol: Protocol) -> bool:
         """Whether it would move if it were idle."""
         return self._proof is not None and (
             self._listeners is None or getattr(protocol, "segue_listener", None) in self._listeners
         )
+
+    @property
+    def _refused(self) -> bool:
+        """Whether the relay took nothing the last time, so that it may be a while until it does."""
+        return self._retry_s > _RETRY_S
+
+    def _read_on(self) -> None:
+        """Serve on what is held."""
+        for protocol in self._held:
+            protocol.transport.resume_reading()
+        self._held.clear()
 
     def _schedule(self, delay_s: float = 0.0) -> None:
         if self._scheduled is None:
@@ -139,6 +161,7 @@ class Handover:
         else:
             if refusal not in {relay.Refusal.FULL, relay.Refusal.TOO_MANY}:
                 self._complain(refusal.value)
+            self._read_on()
             self._schedule(self._retry_s)
             self._retry_s = min(_MAX_RETRY_S, self._retry_s * 2)
 
@@ -196,14 +219,15 @@ class Handover:
 
     def _is_idle(self, protocol: Protocol) -> bool:
         """Whether it moves now; sees to it that it is offered again if it may later."""
+        if protocol in self._held:
+            self._held.remove(protocol)
+            protocol.transport.resume_reading()
         if self._http.is_websocket(protocol):
             return False
         if not self.movable(protocol):
             self._unmovable(protocol)
             return False
-        verdict = judge(
-            protocol, self._proof if type(protocol) is self._http.config.http_protocol_class else None
-        )
+        verdict = self._judge(protocol)
         if verdict is Verdict.NEVER:
             self._unmovable(protocol)
         elif verdict is Verdict.UNFLUSHED:
@@ -211,6 +235,10 @@ class Handover:
         elif verdict is Verdict.BUSY and "on_response_complete" not in vars(protocol):
             watch_responses(protocol, self.offer)
         return verdict is Verdict.IDLE
+
+    def _judge(self, protocol: Protocol) -> Verdict:
+        known = type(protocol) is self._http.config.http_protocol_class
+        return judge(protocol, self._proof if known else None)
 
     def _complain(self, reason: str) -> None:
         if reason not in self._wrong:
