@@ -16,7 +16,7 @@ import pytest
 from scenario import MADE, MARK, TOKEN
 
 APP = """
-import asyncio, hashlib, os
+import asyncio, hashlib, itertools, os
 VERSION = "{version}"
 
 async def app(scope, receive, send):
@@ -32,7 +32,7 @@ async def app(scope, receive, send):
     query = dict(pair.split("=") for pair in scope["query_string"].decode().split("&") if pair)
     if scope["path"] == "/sse":
         await send({{"type": "http.response.start", "status": 200, "headers": headers}})
-        for number in range(int(query.get("n", 20))):
+        for number in itertools.count() if "until" in query else range(int(query.get("n", 20))):
             if os.path.exists(query.get("until", "")):
                 break
             await send({{"type": "http.response.body", "body": b"data: %d\\n\\n" % number, "more_body": True}})
@@ -48,6 +48,8 @@ async def app(scope, receive, send):
         headers.append((b"x-sha", hashlib.sha256(body).hexdigest().encode()))
     elif scope["path"] == "/work":
         await asyncio.sleep(float(query.get("ms", 5)) / 1000)
+        while "until" in query and not os.path.exists(query["until"]):
+            await asyncio.sleep(0.01)
     elif scope["path"] == "/exit":
         os._exit(7)
     elif scope["path"] == "/block":
@@ -99,7 +101,10 @@ def marked(mark: str) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def application(tmp_path: Path) -> Callable[..., Path]:
-    """Write an application into a directory of its own, again with other code if asked to; returns the directory."""
+    """Write an application into a directory of its own, again with other code if asked to; returns the directory.
+
+    With ``until=FILE``, ``/work`` and ``/sse`` end once there is such a file: what has to outlast something else.
+    """
     directory = tmp_path / "code"
 
     def write(version: str = "1", prelude: str = "", code: str | None = None, module: str = "shop") -> Path:

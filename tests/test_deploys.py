@@ -186,9 +186,9 @@ def test_rollbacks_under_load_lose_nothing(application) -> None:
         master.stop()
 
 
-def test_a_generation_that_still_drains_can_be_taken_back(application) -> None:
+def test_a_generation_that_still_drains_can_be_taken_back(application, tmp_path) -> None:
     with supervised("shop:app", *KEEP, cwd=application("1")) as master, Client(master.port) as client:
-        client.connection.request("GET", "/sse?n=600&ms=100")
+        client.connection.request("GET", f"/sse?until={tmp_path}/enough")
         stream = client.connection.getresponse()
         stream.read(9)
         pids = master.worker_pids()

@@ -19,7 +19,7 @@ import h2.config
 import h2.connection
 import pytest
 import trustme
-from scenario import DEADLINE_S, HOT, Client, NotStarted, Segue, supervised
+from scenario import DEADLINE_S, HOT, Client, NotStarted, Segue, supervised, unix_call
 from uvicorn.protocols.http.zttp_h2_impl import ZttpH2Protocol
 
 from segue.worker.uvicorn_internals import is_multiplexed
@@ -143,7 +143,7 @@ def test_worker_count_timeouts_and_warm_up_apply_with_a_reload(application) -> N
     settings.write_text('workers = 1\nready-timeout = 60\nwarm-up = ["/"]\n')
     with supervised("shop:app", cwd=directory) as master, Client(master.port) as client:
         settings.write_text(
-            'workers = 2\nready-timeout = 2\nwarm-up = ["/", "/work?ms=1"]\ndrain-timeout = 1\n'
+            'workers = 2\nready-timeout = 50\nwarm-up = ["/", "/work?ms=1"]\ndrain-timeout = 1\n'
         )
         application("2")
         master.reload("--wait", "drained")
@@ -151,15 +151,15 @@ def test_worker_count_timeouts_and_warm_up_apply_with_a_reload(application) -> N
         running = master.call("GET", f"{HOT}/config")[1]
         assert "drain-timeout" in json.dumps(running) or "drain_timeout" in json.dumps(running)
         # the new warm-up takes longer than the new ready-timeout
-        settings.write_text('workers = 2\nready-timeout = 2\nwarm-up = ["/work?ms=60000"]\n')
+        settings.write_text('workers = 2\nready-timeout = 8\nwarm-up = ["/work?ms=3600000"]\n')
         refused = master.command("reload")
         assert refused.returncode == 1
-        assert "not ready within 2 s (ready-timeout)" in refused.stderr
+        assert "not ready within 8 s (ready-timeout)" in refused.stderr
         assert "warm-up" in refused.stderr
         # generation 2 drains by the deadline that it was started with
         settings.write_text("workers = 1\n")
         with Client(master.port) as stuck:
-            stuck.connection.request("GET", "/work?ms=60000")
+            stuck.connection.request("GET", "/work?ms=3600000")
             master.wait_status(lambda s: in_flight(s) == 1)
             application("3")
             master.reload("--wait", "drained")
@@ -199,7 +199,7 @@ def test_a_request_that_can_not_be_cancelled_is_cut_with_its_process(application
     ) as master:
         with Client(master.port) as stuck:
             stuck.connection.request("GET", "/block?s=3600")
-            master.wait_status(lambda s: s["generations"][0]["workers"][0]["in_flight"] != 0, timeout=20)
+            master.wait_status(lambda s: s["generations"][0]["workers"][0]["in_flight"] != 0)
             application("2")
             master.reload()
             alone(master)
@@ -211,13 +211,15 @@ def test_a_request_that_can_not_be_cancelled_is_cut_with_its_process(application
 
 
 @pytest.mark.parametrize("parser", ["httptools", "h11"])
-def test_a_graceful_stop_lets_a_stream_end_whole(application, parser) -> None:
+def test_a_graceful_stop_lets_a_stream_end_whole(application, tmp_path, parser) -> None:
     with supervised("shop:app", "--http", parser, cwd=application("1")) as master:
         with Client(master.port) as client:
-            client.connection.request("GET", "/sse?n=15&ms=100")
+            client.connection.request("GET", f"/sse?ms=100&until={tmp_path}/enough")
             stream = client.connection.getresponse()
             assert stream.readline() == b"data: 0\n"
             master.signal(signal.SIGTERM)
+            master.wait_notified("STOPPING", "1")
+            (tmp_path / "enough").touch()
             assert stream.read().endswith(b"data: done\n\n")
         assert master.wait_exit() == 0
 
@@ -285,9 +287,11 @@ def test_sigterm_during_the_start_up_of_a_reload_stops_everything_cleanly(applic
         asking.start()
         master.wait_status(lambda _: mark.exists())
         with Client(master.port) as client:
-            client.connection.request("GET", "/work?ms=500")
+            client.connection.request("GET", f"/work?until={tmp_path}/enough")
             master.wait_status(lambda s: in_flight(s) == 1)
             master.signal(signal.SIGTERM)
+            master.wait_notified("STOPPING", "1")
+            (tmp_path / "enough").touch()
             assert client.connection.getresponse().read() == b"1"
         asking.join()
         assert answers[0][0] == 409
@@ -411,16 +415,19 @@ def test_http2_is_told_goaway_on_a_reload_and_open_streams_end_whole(application
         master.stop()
 
 
-def test_an_http2_connection_that_is_always_busy_gets_goaway_after_idle_grace(application, http2) -> None:
+def test_an_http2_connection_that_is_always_busy_gets_goaway_after_idle_grace(
+    application, tmp_path, http2
+) -> None:
     connect, flags = http2
     with supervised("shop:app", *flags, "--idle-grace", "1", cwd=application("1")) as master:
         busy = connect(master.port)
-        stream = busy.get("/sse?n=30&ms=100")
+        stream = busy.get(f"/sse?ms=100&until={tmp_path}/enough")
         busy.until(lambda: stream in busy.bodies)
         application("2")
         master.reload()
         busy.until(lambda: busy.goaways)
         assert stream not in busy.ended
+        (tmp_path / "enough").touch()
         busy.until(lambda: stream in busy.ended)
         assert busy.bodies[stream].endswith(b"data: done\n\n")
         busy.until(lambda: busy.closed)
@@ -428,13 +435,15 @@ def test_an_http2_connection_that_is_always_busy_gets_goaway_after_idle_grace(ap
         master.stop()
 
 
-def test_a_graceful_stop_lets_http2_streams_end_whole(application, http2) -> None:
+def test_a_graceful_stop_lets_http2_streams_end_whole(application, tmp_path, http2) -> None:
     connect, flags = http2
     with supervised("shop:app", *flags, cwd=application("1")) as master:
         connection = connect(master.port)
-        stream = connection.get("/sse?n=15&ms=100")
+        stream = connection.get(f"/sse?ms=100&until={tmp_path}/enough")
         connection.until(lambda: stream in connection.bodies)
         master.signal(signal.SIGTERM)
+        master.wait_notified("STOPPING", "1")
+        (tmp_path / "enough").touch()
         connection.until(lambda: connection.closed)
         assert connection.bodies[stream].endswith(b"data: done\n\n")
         assert connection.goaways
@@ -463,12 +472,12 @@ CUSTOM = """
 
 
 @pytest.mark.parametrize("kind", ["zttp", "zttp-with-http2", "custom"])
-def test_a_protocol_without_a_proof_is_told_to_close_and_never_moved(application, kind) -> None:
+def test_a_protocol_without_a_proof_is_told_to_close_and_never_moved(application, tmp_path, kind) -> None:
     directory = application("1")
     (directory / "mine.py").write_text(textwrap.dedent(CUSTOM))
     flags = {"zttp": PATIENT[:2], "zttp-with-http2": PATIENT, "custom": ("--http", "mine:Mine")}[kind]
     env = {"PYTHONPATH": f"{directory}:{Path(__file__).parent.parent}"}
-    with supervised("shop:app", *flags, "--idle-grace", "2", cwd=directory, env=env) as master:
+    with supervised("shop:app", *flags, "--idle-grace", "5", cwd=directory, env=env) as master:
         asking, silent, busy = (
             http.client.HTTPConnection("127.0.0.1", master.port, timeout=DEADLINE_S) for _ in range(3)
         )
@@ -477,15 +486,19 @@ def test_a_protocol_without_a_proof_is_told_to_close_and_never_moved(application
             response = connection.getresponse()
             assert response.getheader("connection") is None
             assert response.read() == b"1"
-        busy.request("GET", "/work?ms=1000")
+        busy.request("GET", f"/work?until={tmp_path}/enough")
         master.wait_status(lambda s: in_flight(s) == 1)
+        control = master.current()["workers"][0]["control"]
         application("2")
-        master.reload()
-        old = next(g for g in master.status()["generations"] if g["id"] == 1)
-        assert old["workers"][0]["connections"] == 3
+        code, document = master.call("POST", f"{HOT}/reload")
+        assert code == 200, document
+        # each connection is told, or left alone, which the reload doesn't wait for
+        while (old := unix_call(control, "GET", f"{HOT}/status")[1])["sending_s"] is None:
+            pass
+        assert old["connections"] == 3
+        asking.request("GET", "/")  # within its grace
+        (tmp_path / "enough").touch()
         for connection in (busy, asking):
-            if connection is asking:
-                connection.request("GET", "/")
             response = connection.getresponse()
             assert response.getheader("connection") == "close"
             assert response.read() == b"1"

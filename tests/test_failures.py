@@ -216,13 +216,14 @@ def test_an_address_in_use_is_a_clear_first_failure(application) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_graceful_stop_finishes_what_was_begun(application, number) -> None:
+def test_a_graceful_stop_finishes_what_was_begun(application, tmp_path, number) -> None:
     with supervised("shop:app", cwd=application("1")) as master:
         client = Client(master.port)
-        client.connection.request("GET", "/work?ms=1000")
+        client.connection.request("GET", f"/work?until={tmp_path}/enough")
         master.wait_status(lambda s: s["generations"][0]["workers"][0]["in_flight"] == 1)
         master.signal(number)
         master.wait_notified("STOPPING", "1")
+        (tmp_path / "enough").touch()
         assert client.connection.getresponse().read() == b"1"
         client.close()
         assert master.wait_exit() == 0

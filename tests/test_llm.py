@@ -156,14 +156,14 @@ def test_a_request_that_is_itself_at_fault_is_not_taken_elsewhere(server: OpenAI
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("cut", "cut off"), ("unfinished", "cut off"), ("endless", r"nothing came for 0\.3 s")],
+    [("cut", "cut off"), ("unfinished", "cut off"), ("endless", r"nothing came for 2 s")],
 )
 def test_after_the_first_token_nothing_is_begun_again(server: OpenAIServer, fault: str, reason: str) -> None:
     text = ""
 
     async def scenario() -> None:
         nonlocal text
-        first = provider("one", server.url(fault), silence_timeout_s=0.3)
+        first = provider("one", server.url(fault), silence_timeout_s=2.0 if fault == "endless" else 20.0)
         async with service(first, provider("two", server.url())) as llm:
             async for chunk in llm.stream([Message("user", "count to 5")]):
                 text += chunk.text
@@ -354,7 +354,7 @@ def test_a_hundred_swaps_break_none_of_fifty_streams(server: OpenAIServer) -> No
         ("500", "answers 500"),
         ("401", "wrong key"),
         ("html", "isn't JSON"),
-        ("silent", "did not answer within 0.5 s"),
+        ("silent", "did not answer within 3 s"),
         (None, "can't be reached"),
     ],
 )
@@ -362,7 +362,7 @@ def test_a_swap_to_a_provider_that_does_not_serve_is_refused_and_the_old_one_goe
     server: OpenAIServer, fault: str | None, reason: str
 ) -> None:
     async def scenario() -> None:
-        services, llm = declared(LLMSettings(providers=(provider("one", server.url()),), probe_timeout_s=0.5))
+        services, llm = declared(LLMSettings(providers=(provider("one", server.url()),), probe_timeout_s=3.0))
         async with services:
             before = llm.current
             url = refused_url() if fault is None else server.url(fault)

@@ -23,6 +23,7 @@ def test_the_page_streams_over_reloads_and_swaps_and_says_who_answered(tmp_path:
         page.wait("document.getElementById('model').textContent === 'offline'")
 
         def say(text: str) -> None:
+            page.wait("!document.getElementById('send').disabled")
             page.type(text)
             page.press_enter()
 
@@ -37,6 +38,12 @@ def test_the_page_streams_over_reloads_and_swaps_and_says_who_answered(tmp_path:
         assert done.returncode == 0, done.stderr
         assert "EmotionSystem" in done.stdout
         assert "DialogueManager" in done.stdout
+        # those that were idle have moved, too
+        master.wait_status(
+            lambda s: (
+                not any(w["connections"] for g in s["generations"] if not g["current"] for w in g["workers"])
+            )
+        )
         say("tell me about yourself")
         page.wait(f"{LAST}.querySelector('footer')?.textContent.includes('generation 2')")
         assert "warm" in page.run(f"{LAST}.querySelector('footer').textContent")
@@ -79,6 +86,7 @@ def test_an_answer_goes_on_in_the_page_while_everything_behind_it_is_swapped(tmp
             server.release()
             page.wait(f"{LAST}.querySelector('footer')?.textContent === 'generation 1 · m · plain'")
             assert page.run(f"{LAST}.querySelector('p').textContent") == numbers(30)
+            page.wait("!document.getElementById('send').disabled")
             page.type("count to 3")
             page.press_enter()
             page.wait(f"{LAST}.querySelector('footer')?.textContent === 'generation 2 · m · warm'")

@@ -228,10 +228,14 @@ def test_the_watch_is_shown_while_it_lasts(shop) -> None:
 
 
 def test_the_endpoint_answers_with_the_outcome_of_the_probation(shop) -> None:
-    with supervised("shop:app", "--probation", "1", cwd=shop("1")) as master:
+    directory = shop("1")
+    settings = directory / "segue.toml"
+    settings.write_text("probation = 1\n")
+    with supervised("shop:app", cwd=directory) as master:
         shop("2")
         code, document = master.call("POST", f"{HOT}/reload?until=probation")
         assert (code, document["probation"]) == (200, "passed")
+        settings.write_text("probation = 60\n")
         shop("3", bad=1)
         code, document = master.call("POST", f"{HOT}/reload?wait=0")
         master.output.wait_for("promoted generation=3")

@@ -265,12 +265,12 @@ def test_a_changed_bind_opens_the_new_listener_and_closes_the_old(application, t
         assert not new.exists()
 
 
-def test_several_old_generations_drain_at_once(application) -> None:
+def test_several_old_generations_drain_at_once(application, tmp_path) -> None:
     with supervised("shop:app", cwd=application("1")) as master:
         clients = []
         for version in ("2", "3", "4"):
             client = Client(master.port)
-            client.connection.request("GET", "/sse?n=2&ms=5000")
+            client.connection.request("GET", f"/sse?until={tmp_path}/enough")
             response = client.connection.getresponse()
             response.read(9)
             clients.append((client, response))
@@ -279,6 +279,7 @@ def test_several_old_generations_drain_at_once(application) -> None:
         states = [generation["state"] for generation in master.status()["generations"]]
         assert states.count("draining") == 3
         assert states.count("active") == 1
+        (tmp_path / "enough").touch()
         for client, response in clients:
             assert response.read().endswith(b"data: done\n\n")
             client.close()

@@ -560,12 +560,19 @@ def test_leases_that_are_out_at_the_end_are_waited_for_but_not_for_ever() -> Non
         assert "1 leases are still out" in running[0].units["a"].errors[0][1]
         lease.__exit__(None, None, None)
 
+    run(work())
+
+
+def test_a_lease_that_a_thread_returns_at_the_end_is_waited_for() -> None:
+    async def work() -> None:
+        services = segue.Services()
+        a = services.declare("a", Thing, close_timeout=60)
+        lease = a.lease()
         async with services:
             lease.__enter__()
             running = services.running
             assert running is not None
-            log.clear()
-            # returned by a thread, as sync endpoints do, while the end waits
+            # as sync endpoints do, while the end waits
             asyncio.get_running_loop().call_soon(
                 threading.Thread(target=lease.__exit__, args=(None, None, None)).start
             )

@@ -84,7 +84,7 @@ class Dialogue:
         self.model = model
 
 
-model = services.declare("model", Model, settings=Settings, start_timeout=1.5)
+model = services.declare("model", Model, settings=Settings, start_timeout=60)
 dialogue = services.declare("dialogue", Dialogue, requires=[model], title="Dialogue")
 
 
@@ -186,7 +186,8 @@ def test_a_swap_replaces_the_service_in_every_worker_and_names_what_was_rewired(
 def test_a_swap_that_fails_before_the_decision_leaves_the_old_instance_everywhere(
     tmp_path: Path, mode: str, reason: str
 ) -> None:
-    with running(tmp_path) as master:
+    impatient = APP.replace("start_timeout=60", "start_timeout=1.5")
+    with running(tmp_path, code=impatient if mode == "start hangs" else APP) as master:
         code, answer = swap(master, tag="bad", mode=mode)
         assert code == 409, answer
         assert reason in answer["detail"]

@@ -233,7 +233,7 @@ def test_if_all_workers_hang_the_instance_serves_again(application) -> None:
 def test_a_generation_that_drains_goes_on_draining(application, tmp_path) -> None:
     directory = application("1")
     with on_a_port("shop:app", cwd=directory) as (master, port), Client(port) as stream:
-        stream.connection.request("GET", f"/sse?n=600&ms=100&until={tmp_path}/enough")
+        stream.connection.request("GET", f"/sse?until={tmp_path}/enough")
         response = stream.connection.getresponse()
         old = master.worker_pids()[0]
         application("2")
@@ -252,7 +252,7 @@ def test_what_accepts_serves_on_though_an_older_journal_names_one_that_hangs(app
     """As after a reload with a full disk: what has been drained since is not waited for."""
     directory = application("1")
     with on_a_port("shop:app", cwd=directory) as (master, port), Client(port) as stream:
-        stream.connection.request("GET", f"/sse?n=600&ms=100&until={tmp_path}/enough")
+        stream.connection.request("GET", f"/sse?until={tmp_path}/enough")
         response = stream.connection.getresponse()
         [old] = master.worker_pids()
         path = Path(master.directory) / "journal"
