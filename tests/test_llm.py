@@ -310,7 +310,7 @@ def test_a_hundred_swaps_break_none_of_fifty_streams(server: OpenAIServer) -> No
     streams, swaps, words = 50, 100, 20
 
     async def scenario() -> tuple[int, int, dict[str, Any]]:
-        services, llm = declared(LLMSettings(base_url=server.url("paced"), model="m"))
+        services, llm = declared(LLMSettings(base_url=server.url("paced"), model="m", probe_timeout_s=60.0))
         swapped = asyncio.Event()
         whole = broken = 0
 

@@ -391,6 +391,8 @@ HOLDS = """
         settings = MCPSettings(servers={name: MCPServer(**server) for name, server in servers.items()})
         connector = MCPConnector(settings)
         await connector.start()
+        while connector.metrics()["servers_connected"] < len(servers):
+            await asyncio.sleep(0.02)
         print(connector.metrics()["servers_connected"], flush=True)
         await asyncio.Event().wait()
     asyncio.run(main())

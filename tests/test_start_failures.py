@@ -111,8 +111,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "hang-in-warm-up": Fault(
         WARM_UP.format(body="import asyncio; await asyncio.sleep(3600)"),
-        ("not ready within 3 s (ready-timeout)", "warm-up"),
-        ("--warm-up", "/warm", "--ready-timeout", "3"),
+        ("not ready within 8 s (ready-timeout)", "warm-up"),
+        ("--warm-up", "/warm", "--ready-timeout", "8"),
     ),
     "exception-in-warm-up": Fault(
         WARM_UP.format(body="raise RuntimeError('the model is not there')"),
