@@ -151,6 +151,8 @@ class Shell:
         elif process is None or not process.alive:
             return
         elif effect.now:
+            if world.state.stopping is not None:
+                world.harm(key[0])  # this may be seen by a next master, which nobody has asked to stop
             world.at(world.death_s, lambda: process.die(KILLED, "was killed"))
         elif "stubborn" not in world.weather:
             if process.turns:
