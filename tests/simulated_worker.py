@@ -207,7 +207,7 @@ class Process:
 
     # ------------------------------------------------------------------------------------------ what it says
 
-    def say(self, *events: m.Event) -> None:
+    def say(self, *events: m.WorkerEvent) -> None:
         """A datagram to the master."""
         if self.alive and "datagrams lost" not in self.world.weather:
             self.world.last_messages.extend(events)
@@ -229,7 +229,9 @@ class Process:
                 self.world.shell.compare_again(self)
             else:
                 self.say(m.WorkerReady(*self.key, self.world.handover))
-        said: list[m.Event] = [m.WorkerAsks(*self.key, "limit_max_requests")] if self.wants_recycling else []
+        said: list[m.WorkerEvent] = (
+            [m.WorkerAsks(*self.key, "limit_max_requests")] if self.wants_recycling else []
+        )
         if self.responses:
             said.append(m.ResponsesCounted(*self.key, self.responses, self.errors))
         drained = self.mode == "drained"

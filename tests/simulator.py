@@ -117,7 +117,7 @@ class World:
         """What the lifecycle saw and did last, if it is asked for."""
         self.reached: Reached | None = None
         """What there has been, if it is counted."""
-        self.last_messages: deque[m.Event] = deque(maxlen=30)
+        self.last_messages: deque[m.WorkerEvent] = deque(maxlen=30)
         self.queue: deque[m.Event] = deque()
         """What the lifecycle is yet to see."""
         self._frozen: list[m.Event] | None = None
@@ -379,6 +379,8 @@ class World:
         for keys in (self.spawned, self.processes, self.ended):
             for key in [key for key in keys if is_free(key)]:
                 del keys[key]
+        said = [each for each in self.last_messages if not is_free((each.generation, each.worker))]
+        self.last_messages = deque(said, maxlen=self.last_messages.maxlen)
         self.promoted = [number for number in self.promoted if number < last]
         self.harmed = {number for number in self.harmed if number < last}
         for numbers in (self.idle_since, self.superseded, self.releases):
