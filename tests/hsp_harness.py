@@ -357,6 +357,42 @@ async def slowly(message):
 hsp_app._write_down = slowly
 app = hsp_app.app
 """
+TASKS_APP = """
+import asyncio
+import os
+from pathlib import Path
+
+import hsp_app
+import segue
+from segue.worker.backend.hsp.connector import HSPConnector
+from segue.worker.backend.hsp.envelope import FACT
+from segue.worker.backend.hsp.settings import HSPSettings
+
+HERE = Path(__file__).parent
+services = segue.Services()
+
+
+async def square(parameters):
+    number = parameters["number"]
+    with (HERE / "begun").open("a") as file:
+        file.write(f"{os.getpid()} {number}\\n")
+    while not (HERE / f"go-{number}").exists():
+        await asyncio.sleep(0.02)
+    return {"square": number**2}
+
+
+def make(settings: HSPSettings, previous: HSPConnector | None = None) -> HSPConnector:
+    connector = HSPConnector(settings, previous)
+    if previous is None:
+        connector.on(FACT, hsp_app._write_down)
+        connector.serve("square", square)
+    return connector
+
+
+services.declare("hsp", make, settings=HSPSettings, per="generation")
+app = services.wrap(hsp_app.serve)
+"""
+"""Tasks that last until a file says that they may end."""
 
 
 def configure(directory: Path, server: Broker, **more: Any) -> None:
@@ -367,14 +403,20 @@ def configure(directory: Path, server: Broker, **more: Any) -> None:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, server: Broker, workers: int = 1, app: str = "hsp_app:app", **more: Any
+    directory: Path,
+    server: Broker,
+    workers: int = 1,
+    app: str = "hsp_app:app",
+    prefix: tuple[str, ...] = (),
+    **more: Any,
 ) -> Iterator[Segue]:
     directory.mkdir()
     shutil.copy(ROOT / "bench" / "hsp_app.py", directory / "hsp_app.py")
     (directory / "slow_app.py").write_text(SLOW_APP)
+    (directory / "tasks_app.py").write_text(TASKS_APP)
     configure(directory, server, **more)
     env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
-    with supervised(app, "--workers", str(workers), cwd=directory, env=env) as master:
+    with supervised(app, "--workers", str(workers), cwd=directory, env=env, prefix=prefix) as master:
         master.wait_status(connected)
         yield master
         master.stop(None)

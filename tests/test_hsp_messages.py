@@ -17,6 +17,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from segue.worker.backend.hsp import envelope as envelopes
 from segue.worker.backend.hsp import payloads
+from segue.worker.backend.hsp.begun import Begun
 from segue.worker.backend.hsp.breaker import Breakers
 from segue.worker.backend.hsp.envelope import QoSParameters
 from segue.worker.backend.hsp.errors import HSPError, InvalidMessageError, LinkError, RefusedError
@@ -449,3 +450,35 @@ def test_what_another_agent_has_handled_is_known_and_known_to_the_next_process(t
     third.attach(tmp_path / "second", 10)
     assert not third.claim(key)
     third.detach()
+
+
+# ------------------------------------------------------------------------------------------- what was begun
+
+
+async def test_what_is_written_down_goes_with_the_end_of_the_work_and_else_is_there_for_the_next_process(
+    tmp_path: Path,
+) -> None:
+    problems: list[str] = []
+    begun, loop = Begun(lambda *said: problems.append(": ".join(said))), asyncio.get_running_loop()
+    path = tmp_path / "hsp" / "agent"
+    done, cancelled, unfinished = (loop.create_future() for _ in range(3))
+    with pytest.raises(OSError, match="no place"):
+        await begun.write(done, "one", b"1")
+    assert begun.attach(path) == []
+    for topic, work in (("one", done), ("two", cancelled), ("three", unfinished), ("one", done)):
+        await begun.write(work, topic, b"\xff" + topic.encode())
+    assert len(begun) == 3
+    done.set_result(None)
+    cancelled.cancel()
+    await asyncio.sleep(0)
+    (tmp_path / "hsp" / "agent.2.torn").touch()
+    (tmp_path / "hsp" / "agent.1.task").write_bytes(b"rubbish")
+    (tmp_path / "hsp" / "another.1.task").touch()
+    left = Begun(print).attach(path)
+    assert [(each.topic, each.payload) for each in left] == [("two", b"\xfftwo"), ("three", b"\xffthree")]
+    assert [each.topic for each in begun.attach(path)] == ["two"], "the other one is its own"
+    begun.until_done(left[0].path, None)
+    unfinished.set_result(None)
+    await asyncio.sleep(0)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["agent.1.task", "another.1.task"]
+    assert problems == []

@@ -143,9 +143,19 @@ class HSPConnector:
         before = self._records.begin()
         if before is not None:
             self._known.seen.learn(before)
+        await self._go_on_with_what_is_left()
         if self._holder is not None:
             await self._take_over_from_skipped(self._holder)
             await self._holder.hold()
+
+    async def _go_on_with_what_is_left(self) -> None:
+        """What another process has begun, and may not be with the broker any more."""
+        begun = self._known.begun
+        left = begun.attach(self._records.begun)
+        for each in left:
+            begun.until_done(each.path, await self._inbox.receive(each.topic, each.payload, False))
+        if left:
+            _log.info("event=hsp-tasks-resumed count=%d", len(left))
 
     async def _take_over_from_skipped(self, holder: Holder) -> None:
         """Those before it that were replaced before they came to be activated."""
@@ -228,6 +238,8 @@ class HSPConnector:
             "handler_errors": counts.handler_errors,
             "tasks_done": counts.tasks,
             "tasks_running": self._inbox.tasks,
+            "tasks_written_down": len(self._known.begun),
+            "tasks_exposed": self._known.begun.exposed,
             "requests_waiting": len(self._letters.requests),
             "published": self._letters.outbox.published,
             "unacknowledged": self._letters.outbox.unacknowledged,

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from segue.worker.backend.hsp.begun import Begun, Work
 from segue.worker.backend.hsp.envelope import Envelope
 from segue.worker.backend.hsp.leaving import Leaving
 from segue.worker.backend.hsp.payloads import Capability
@@ -65,8 +66,14 @@ class Continuity:
     problems: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_PROBLEMS))
     retained: OrderedDict[str, str] = field(default_factory=OrderedDict)
     """The id of the last retained message of each topic: it comes again with every connection."""
+    running: dict[int, Work] = field(default_factory=dict)
+    """What is being worked on, by the key of its message (`seen`)."""
+    begun: Begun = field(init=False)
     leaving: Leaving = field(default_factory=Leaving)
     _logged: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.begun = Begun(self.problem)
 
     def offered(self) -> dict[str, Capability]:
         """All that it does for others, by name."""

@@ -70,7 +70,7 @@ class Holder:
         self._announcing: asyncio.Task[None] | None = None
         self._witness = Witness(settings, topics, mailbox.publish, lambda: self.subscription)
         self._sessions = Sessions(
-            settings, topics, known.leaving, inbox.receive, will, self._witness.overhear
+            settings, topics, known.leaving, inbox.receive, known.begun, will, self._witness.overhear
         )
 
     @property

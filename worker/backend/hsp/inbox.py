@@ -57,7 +57,10 @@ class Inbox:
         return len(self._tasks)
 
     async def receive(self, topic: str, data: bytes, retained: bool) -> asyncio.Future[None] | None:
-        """Take a message. What goes on for longer is returned: the message isn't handled before that is done."""
+        """Take a message. What goes on for longer is returned: the message isn't handled before that is done.
+
+        That may be since it came before: the broker delivers it again after a connection was lost.
+        """
         counts = self._known.counts
         counts.received += 1
         try:
@@ -78,7 +81,7 @@ class Inbox:
             counts.duplicates += not isinstance(payload, Advertisement)
             if not retained:
                 await self._acknowledge(message)  # the last one may not have arrived
-            return None
+            return self._known.running.get(key)
         try:
             task = await self._handle(message, payload)
         except BaseException:  # cut off in the middle: whoever gets it next handles it
@@ -89,9 +92,14 @@ class Inbox:
             counts.handled += 1
             await self._acknowledge(message)
             return None
-        working = asyncio.create_task(self._work(task, message, key))
+        working = self._known.running[key] = asyncio.create_task(self._work(task, message, key))
+        working.add_done_callback(lambda _: self._ended(key, working))
         self._keep(working)
         return working
+
+    def _ended(self, key: int, working: asyncio.Task[None]) -> None:
+        if self._known.running.get(key) is working:
+            del self._known.running[key]
 
     def _keep(self, working: asyncio.Task[None]) -> None:
         self._tasks.add(working)

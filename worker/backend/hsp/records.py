@@ -1,4 +1,5 @@
-"""What is written down about an agent for the next process: which messages were handled, what was not sent, where it was.
+"""What is written down about an agent for the next process: which messages were handled, what was not finished, what was
+not sent, where it was.
 
 The agent of a service may become another one from one generation to the next: another broker, prefix or name. Then there is
 no session to resume, and what the one that leaves has handled the other one may be given as well. So each says when it
@@ -59,6 +60,11 @@ class Records:
     def spool(self) -> Spool:
         """What was not sent."""
         return Spool(self.window.with_suffix(""), self._instance)
+
+    @property
+    def begun(self) -> Path:
+        """What was begun and not finished: `begun.Begun`."""
+        return self.window.with_suffix("")
 
     def begin(self) -> Path | None:
         """It listens from here on. If it comes after another agent of this service: that one's window."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from segue.worker.backend.hsp.begun import Begun
 from segue.worker.backend.hsp.client import Will
 from segue.worker.backend.hsp.errors import LinkError
 from segue.worker.backend.hsp.leaving import Leaving, Name
@@ -26,14 +27,16 @@ class Sessions:
         topics: Topics,
         leaving: Leaving,
         take: Take,
+        begun: Begun,
         will: bytes,
         overhear: Callable[[bytes], None],
     ) -> None:
-        """`will` is what the broker is to say when a connection is lost; `take` and `overhear` are `Subscription`'s."""
+        """`will` is what the broker is to say when a connection is lost; `take`, `begun` and `overhear` are `Subscription`'s."""
         self._settings = settings
         self._topics = topics
         self._leaving = leaving
         self._take = take
+        self._begun = begun
         self._will = Will(topics.advertisement, will)
         self._overhear = overhear
         name = f"{settings.client_id_prefix}-{topics.ai_id}"
@@ -51,6 +54,7 @@ class Sessions:
             self._topics,
             session,
             self._take,
+            self._begun,
             mode=mode,
             will=self._will,
             heard_before=heard_before,

@@ -1,7 +1,7 @@
 """The agent's subscription: a session that the broker keeps, in which what others say waits until it is handled.
 
 Design. What an agent hears is in one session at the broker, held by one connection at a time; where it is stands retained
-on the topic of the *seat*. Nothing is acknowledged before it was handled. So whoever holds the session next, in this
+on the topic of the *seat*. Nothing is acknowledged before it was handled (or, of much work at once, written down: `begun`). So whoever holds the session next, in this
 process or another, after a graceful end or a `kill -9`, goes on with the first message that was not handled.
 
 - In a process: the new instance makes a second session beside the first and drops what it gets there. A rehearsal (a token
@@ -31,6 +31,7 @@ from enum import Enum
 from typing import Any
 
 from segue.worker.backend.hsp import envelope as envelopes
+from segue.worker.backend.hsp.begun import Begun, Unfinished
 from segue.worker.backend.hsp.client import Will
 from segue.worker.backend.hsp.errors import BarrierError, LinkError
 from segue.worker.backend.hsp.link import Link, Message
@@ -38,10 +39,6 @@ from segue.worker.backend.hsp.settings import HSPSettings
 from segue.worker.backend.hsp.topics import Topics, matches
 
 _log = logging.getLogger("segue.hsp")
-
-_UNACKNOWLEDGED = 10
-"""How many messages whose work goes on for longer are left unacknowledged meanwhile: a broker sends no more than so many
-(mosquitto 20) before it waits, and what comes behind them must get through."""
 
 _PROBE = envelopes.PROBE.encode()
 
@@ -86,6 +83,7 @@ class Subscription:
         topics: Topics,
         session: str,
         take: Take,
+        begun: Begun,
         *,
         mode: Mode,
         durable: bool = True,
@@ -93,8 +91,9 @@ class Subscription:
         heard_before: Sequence[str] = (),
         overhear: Callable[[bytes], None] | None = None,
     ) -> None:
-        """`durable`: the broker keeps the session. `heard_before`: the filters of whoever handles what is dropped here.
-        `overhear` is told what is said on the marker topic and is no token that is looked out for.
+        """`begun` is where work is written down. `durable`: the broker keeps the session. `heard_before`: the filters of
+        whoever handles what is dropped here. `overhear` is told what is said on the marker topic and is no
+        token that is looked out for.
         """
         self.session = session
         self.mode = mode
@@ -109,7 +108,7 @@ class Subscription:
         self._watches: dict[bytes, Watch] = {}
         self._kept: deque[Message] = deque()
         self._going: asyncio.Task[None] | None = None
-        self._unfinished: set[asyncio.Future[None]] = set()
+        self._unfinished = Unfinished(begun, self._acknowledge)
         self._idle = asyncio.Event()
         self._idle.set()
         self._will = will
@@ -199,6 +198,9 @@ class Subscription:
         elif self.mode is Mode.DROP:
             self._link.acknowledge(message)
 
+    def _acknowledge(self, message: Message) -> None:
+        self._link.acknowledge(message)  # whichever it is now
+
     def _acknowledge_in_turn(self, message: Message) -> None:
         """A token or a probe may be far behind what isn't handled here. mosquitto 2.0, when one beyond its window of 20 is
         acknowledged before those, lets the next message that comes pass all that wait: handlers would see that one first.
@@ -212,18 +214,12 @@ class Subscription:
         self._idle.clear()
         try:
             rest = await self._take(topic, payload, message.retain)
+            if rest is None:
+                self._link.acknowledge(message)
+            else:
+                await self._unfinished.add(rest, message)
         finally:
             self._idle.set()
-        if rest is None or len(self._unfinished) >= _UNACKNOWLEDGED:
-            self._link.acknowledge(message)
-        else:
-            self._unfinished.add(rest)
-            rest.add_done_callback(lambda done: self._finished(done, message))
-
-    def _finished(self, done: asyncio.Future[None], message: Message) -> None:
-        self._unfinished.discard(done)
-        if not done.cancelled():
-            self._link.acknowledge(message)
 
     def _is_new(self, message: Message, topic: str) -> bool:
         """Whether it is a retained message that nobody has handled, since nobody had subscribed to it."""
@@ -279,9 +275,13 @@ class Subscription:
     # ---------------------------------------------------------------------------------------------------- leaving
 
     async def halt(self) -> None:
-        """Begin nothing more, and wait for the message that is being handled, `drain_timeout_s` at most."""
+        """Begin nothing more, and wait for the message that is being handled, `drain_timeout_s` at most.
+
+        Then the session may go: work that lasts longer is written down.
+        """
         self.mode = Mode.STOP
         await self._drained(self._between_messages())
+        await self._unfinished.write_down()
 
     async def stop(self) -> None:
         """Begin nothing more, and wait for all that was begun, `drain_timeout_s` at most."""
@@ -302,8 +302,7 @@ class Subscription:
 
     async def _at_rest(self) -> None:
         await self._between_messages()
-        while self._unfinished:
-            await asyncio.wait(set(self._unfinished))
+        await self._unfinished.done()
 
     async def drain(self, mark: Mark, timeout_s: float) -> None:
         """Handle all that the broker has passed on until now, and begin nothing after it. Raises `LinkError`."""

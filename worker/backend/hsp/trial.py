@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import msgspec
 
 from segue.worker.backend.hsp.barrier import Publish, check_served, not_passed_on, probe_message
+from segue.worker.backend.hsp.begun import Begun
 from segue.worker.backend.hsp.errors import LinkError
 from segue.worker.backend.hsp.mailbox import Seat
 from segue.worker.backend.hsp.scout import send_probes
@@ -70,6 +71,7 @@ class Trial:
             self._topics,
             f"{self._settings.client_id_prefix}-trial-{self._topics.instance}",
             _ignore,
+            Begun(lambda *_: None),
             mode=Mode.DROP,
             durable=False,
             heard_before=self._topics.stream,
