@@ -88,9 +88,9 @@ def listen(path: str) -> socket.socket:
         sock.bind(path)
         os.chmod(path, 0o600)
         sock.listen(8)
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        raise OSError(error.errno, error.strerror, path) from None
     return sock
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -113,7 +113,8 @@ def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
         os.close(pidfd)
     for key in instance.worker_keys():
         instance.forget_worker(*key)
-    Path(instance.journal).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        os.unlink(instance.journal)
     return list(pidfds)
 
 
@@ -151,7 +152,7 @@ def _call(instance: Instance, method: str, target: str, timeout_s: float) -> Res
     except CallError as error:
         owner = instance.locked_by()
         if owner is None:
-            raise InstanceError(f"instance {instance.name!r} has no master ({instance.directory})") from error
+            raise InstanceError(instance.without_master) from error
         raise InstanceError(
             f"the master of instance {instance.name!r} (pid {owner.pid}) does not answer: {error}; its workers serve on. "
             f"If it hangs, 'kill -9 {owner.pid}': 'segue serve' then takes them over, 'segue stop' ends them"

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 
 from segue.supervisor import journal, leftovers, memory
 from segue.supervisor.client import stop
@@ -127,8 +126,7 @@ def _sweep(unit: str, instances: list[Instance], among: Collection[int] | None =
         if instance.locked_by() is None:
             for key in instance.worker_keys():
                 instance.forget_worker(*key)
-            for path in (instance.control, instance.notify, instance.journal):
-                Path(path).unlink(missing_ok=True)
+            instance.release()
     return Status.OK
 
 

@@ -11,7 +11,6 @@ import re
 import stat
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -60,6 +59,14 @@ class Instance:
         return os.path.basename(self.directory)
 
     @property
+    def without_master(self) -> str:
+        """What whoever wants something of its master is told if there is none."""
+        return (
+            f"instance {self.name!r} has no master ({self.directory}); workers that it has left serve on: "
+            "the same 'segue serve' again takes them over, 'segue stop' ends them"
+        )
+
+    @property
     def control(self) -> str:
         """The master's control socket."""
         return os.path.join(self.directory, CONTROL)
@@ -101,10 +108,10 @@ class Instance:
         return sorted({(int(match[1]), int(match[2])) for match in found})
 
     def forget_worker(self, generation: int, worker: int) -> None:
-        """Remove what a worker that has ended may have left behind."""
+        """Remove what a worker that has ended may have left behind, as far as that can be removed."""
         key = (generation, worker)
         for path in (self.worker_socket(*key), self.adoption_socket(*key), self.probe_socket(*key)):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
 
     def worker_sockets(self) -> list[str]:
@@ -238,7 +245,8 @@ class Instance:
     def release(self) -> None:
         """Remove what a clean stop leaves behind. The lock file stays: removing it would split the lock."""
         for path in (self.control, self.notify, self.journal):
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

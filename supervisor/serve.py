@@ -66,10 +66,15 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     except InstanceError as error:
         raise StartError(str(error), Status.INSTANCE) from error
     except OSError as error:
-        raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
+        raise _not_started(error) from error
     raise_limit()  # connections in flight in the relay count against it, too
     os.chdir("/")  # paths were made absolute; no directory is kept from being unmounted or replaced
     return _run_to_end(loop, _run(mastership, flags, environ, base_dir, effective, refusal, log))
+
+
+def _not_started(error: OSError) -> StartError:
+    where = f": {error.filename}" if error.filename else ""
+    return StartError(f"the master can't start: {error.strerror or error}{where}", Status.NOT_STARTED)
 
 
 def _group(name: str | None) -> int | None:
@@ -124,7 +129,7 @@ async def _run(
         if refusal:
             master.codes.differs_on_disk.append(refusal)
     except OSError as error:
-        raise StartError(f"the master can't start: {error.strerror or error}", Status.NOT_STARTED) from error
+        raise _not_started(error) from error
     if settings.admin is not None:
         try:
             for number, sock in enumerate(_admin_sockets(settings.admin, inherited)):

@@ -211,7 +211,8 @@ def spawn(
     except (OSError, ValueError) as error:
         for fd in opened:
             os.close(fd)
-        _unlink(spec.control_path)
+        with contextlib.suppress(OSError):
+            os.unlink(spec.control_path)
         raise SpawnError(_explain(python, spec, error)) from error
     for fd in opened:
         if fd != output:
@@ -220,7 +221,8 @@ def spawn(
 
 
 def _control_socket(path: str) -> int:
-    _unlink(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
@@ -230,11 +232,6 @@ def _control_socket(path: str) -> int:
         sock.close()
         raise
     return sock.detach()
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _explain(python: str, spec: WorkerSpec, error: OSError | ValueError) -> str:

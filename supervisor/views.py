@@ -101,7 +101,7 @@ def logs(
     instance = find(runtime_dir, name)
     owner = instance.locked_by()
     if owner is None:
-        fail(f"instance {instance.name!r} has no master ({instance.directory})", Status.INSTANCE)
+        fail(instance.without_master, Status.INSTANCE)
     printed = ask(instance, f"{HOT}/logs{query}")["logs"]
     if as_json:
         click.echo(json.dumps(printed, indent=2))

@@ -147,6 +147,10 @@ def test_workers_that_lose_their_master_go_on_serving_until_segue_stop(applicati
         status = master.command("status")
         assert status.returncode == 0
         assert all(str(pid) in status.stdout for pid in pids)
+        for command in ("reload", "rollback", "logs"):
+            asked = master.command(command)
+            assert asked.returncode == 5
+            assert "the same 'segue serve' again takes them over, 'segue stop' ends them" in asked.stderr
         stopped = master.command("stop")
         assert stopped.returncode == 0, stopped.stderr
         assert not any(alive(pid) for pid in pids)

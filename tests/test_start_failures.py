@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import APP
-from scenario import HOT, Client, NotStarted, Segue, supervised
+from scenario import HOT, Client, NotStarted, Segue, made_directory, supervised
 
 from bench.users import unprivileged
 
@@ -327,6 +329,32 @@ def test_a_directory_that_is_gone_refuses_the_reload(application, tmp_path, whic
         master.reload("--wait", "drained")
         assert client.get("/")[2] == b"2"
         master.stop()
+
+
+# What is in the way in the runtime directory
+
+
+def runtime_with(name: str) -> str:
+    """A runtime directory in whose instance a directory has the name of something else."""
+    directory = made_directory("segue-t-")
+    os.makedirs(os.path.join(directory, "default", name), mode=0o700)
+    os.chmod(os.path.join(directory, "default"), 0o700)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["control.sock", "notify.sock", "g1w1.sock", "g1w1.adopt"])
+def test_what_is_in_the_place_of_a_socket_is_named(application, name) -> None:
+    with not_started("shop:app", cwd=application("1"), runtime_dir=runtime_with(name)) as output:
+        assert re.search(rf"(Is a directory|Address already in use).*/{re.escape(name)}", output[0]), output[0]
+
+
+@pytest.mark.parametrize("name", ["g1w1.http", "journal"])
+def test_what_cannot_be_removed_holds_no_end_up(application, name) -> None:
+    with supervised("shop:app", cwd=application("1"), runtime_dir=runtime_with(name)) as master:
+        os.kill(master.worker_pids()[0], signal.SIGKILL)
+        master.output.wait_for("worker-active generation=1 worker=2")
+        master.stop()
+        assert "Traceback" not in master.output.text
 
 
 # A full disk
