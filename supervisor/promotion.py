@@ -49,9 +49,8 @@ def asked(turn: Turn, event: m.PromoteAsked) -> None:
         able[number].limits = as_asked(event, able[number].limits)
         begin(turn, able[number], PromoteKind.PROMOTE, (event.operation,))
     else:
-        refuse(
-            turn, event.operation, number, able, none="no generation is staged", wrong="not to be promoted"
-        )
+        none = "; ".join(filter(None, ("no generation is staged", turn.state.staged_lost)))
+        refuse(turn, event.operation, number, able, none=none, wrong="not to be promoted")
 
 
 def as_asked(asked: m.Change | m.PromoteAsked, limits: m.Limits) -> m.Limits:
@@ -71,7 +70,7 @@ def rollback_asked(turn: Turn, event: m.RollbackAsked) -> None:
         fail(turn, state.generations[state.promote.generation], "it was rolled back")
         turn.settle(event.operation, ok=True, generation=state.current)
         return
-    if turn.refused(event.operation):
+    if turn.refused(event.operation, beside_stage=True):
         return
     able = {generation.id: generation for generation in retirement.offered(turn.state)}
     number = event.generation if event.generation is not None else next(iter(able), None)
@@ -313,6 +312,10 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
             probation.end(turn, Outcome.KEPT, f"{promote.because}; going back has failed: {reason}")
     for operation in operations:
         turn.settle(operation, ok=False, reason=reason, output=output, generation=generation.id)
+    under_way = {each.generation for each in (change, promote) if each is not None}
+    if generation.state is GenerationState.STAGED and generation.id not in under_way:
+        state.staged_lost = f"generation {generation.id} was, and has failed: {reason}"
+        turn.say("error", "staged-failed", generation, None, reason=reason, output=output)
     generation.deadline = None
     if generation.state in _NEW:
         _give_up(turn, generation, reason)

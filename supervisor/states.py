@@ -19,6 +19,8 @@ class State(msgspec.Struct):
     current: int | None = None
     next_generation: int = 1
     change: Change | None = None
+    staged_lost: str = ""
+    """What became of the last staged generation, if it has failed before anybody asked for it."""
     promote: Promote | None = None
     probation: Probation | None = None
     queued: tuple[ReloadAsked, ...] = ()

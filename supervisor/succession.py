@@ -142,6 +142,7 @@ def check(turn: Turn) -> None:
         for earlier in promotion.staged(turn.state):
             if earlier is not generation:
                 retirement.retire(turn, earlier, f"generation {generation.id} was staged after it")
+        turn.state.staged_lost = ""
         turn.say("info", "staged", generation, None, workers=len(generation.workers))
         for operation in change.operations:
             turn.settle(operation, ok=True, generation=generation.id)

@@ -66,14 +66,19 @@ class Turn:
         """Give an operation its one answer."""
         self.effects.append(m.Settle(operation, ok, reason, output, generation, code, details or {}, result))
 
-    def refused(self, operation: int) -> bool:
-        """Refuse what can't be begun, since segue stops or something else is under way; whether that was so."""
-        running = _running(self.state)
+    def refused(self, operation: int, beside_stage: bool = False) -> bool:
+        """Refuse what can't be begun, since segue stops or something else is under way; whether that was so.
+
+        `beside_stage`: that a generation is being staged stands not in its way.
+        """
+        running = _running(self.state, beside_stage)
         if self.state.stopping is not None:
             self.settle(operation, ok=False, reason=STOPPING_CAUSE)
         elif running is not None:
             kind, generation, phase = running
             reason = f"a {kind} is running (generation {generation}: {phase}); try again when it has ended"
+            if _can_be_given_up(self.state):
+                reason += f", or give it up: segue discard {generation}"
             details = {"running": {"kind": kind, "generation": generation, "phase": phase}}
             self.settle(operation, ok=False, reason=reason, code=BUSY, details=details)
         else:
@@ -241,11 +246,18 @@ class Turn:
         self.effects.append(m.Kill(generation.id, worker.id, now=True))
 
 
-def _running(state: State) -> tuple[str, int, str] | None:
+def _can_be_given_up(state: State) -> bool:
+    """Whether `_running` is what somebody can discard."""
+    if state.promote is not None:
+        return state.promote.is_mixed
+    return state.change is not None and not state.change.first
+
+
+def _running(state: State, beside_stage: bool) -> tuple[str, int, str] | None:
     """What is under way, of which generation, and how far it is."""
     if state.promote is not None:
         return state.promote.kind, state.promote.generation, state.promote.phase
-    if state.change is not None:
+    if state.change is not None and not (beside_stage and state.change.stage):
         return ("stage" if state.change.stage else "reload"), state.change.generation, state.change.phase
     if state.swap is not None:
         return "swap", state.swap.generation, state.swap.phase

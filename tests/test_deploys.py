@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_a_staged_generation_can_be_discarded(application) -> None:
         master.stop()
 
 
+def test_what_becomes_of_a_staged_generation_that_loses_a_worker_is_told(application) -> None:
+    with supervised("shop:app", "--no-access-log", cwd=application("1")) as master:
+        stage(master)
+        staged = next(g for g in master.status()["generations"] if g["state"] == "staged")
+        os.kill(staged["workers"][0]["pid"], signal.SIGKILL)
+        master.output.wait_for("staged-failed generation=2 .*worker 1 was ended by SIGKILL")
+        promoted = master.command("promote")
+        assert promoted.returncode == 1
+        assert "generation 2 was, and has failed: worker 1 was ended by SIGKILL" in promoted.stderr
+        master.stop()
+
+
 def test_a_generation_that_does_not_get_ready_is_not_staged_and_says_why(application) -> None:
     with supervised("shop:app", cwd=application("1")) as master:
         application("2", prelude="import nosuchmodule\n")
@@ -183,6 +196,27 @@ def test_rollbacks_under_load_lose_nothing(application) -> None:
             assert master.command("rollback").returncode == 0
             tally = load.nothing_lost()
         assert set(tally["versions"]) == {"1", "2"}
+        master.stop()
+
+
+def test_a_rollback_does_not_wait_for_what_is_being_staged(application, tmp_path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with supervised("shop:app", *KEEP, cwd=application("1")) as master:
+        application("2")
+        master.reload("--wait", "drained")
+        application("3", prelude=f"open({str(gate)!r}).read()\n")
+        _, operation = master.call("POST", f"{HOT}/stage?wait=0")
+        with gate.open("w"):  # its worker is in the import
+            back = master.command("rollback")
+            assert (back.returncode, back.stderr) == (0, "")
+            with Client(master.port) as client:
+                assert client.get("/")[2] == b"1"
+            other = master.command("promote", "2")
+            assert other.returncode == 1
+            assert "give it up: segue discard 3" in other.stderr
+        _, operation = master.call("GET", f"{HOT}/operations/{operation['id']}?wait=60")
+        assert (operation["outcome"], operation["generation"]) == ("ok", 3), operation
         master.stop()
 
 

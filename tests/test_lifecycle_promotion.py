@@ -111,6 +111,10 @@ def test_a_staged_generation_that_loses_a_worker_has_failed() -> None:
     assert list(world.state.generations) == [1]
     answer = answered(world, world.promote())
     assert (answer.ok, answer.code) == (False, 404)
+    assert "generation 2 was, and has failed: worker 1" in answer.reason
+    assert staged(world) == 3
+    world.discard()
+    assert answered(world, world.promote()).reason == "no generation is staged"
 
 
 def test_the_newest_staged_generation_takes_the_place_of_the_one_staged_before() -> None:
@@ -441,7 +445,21 @@ def test_what_comes_while_a_reload_runs_is_told_what_runs(what: str) -> None:
     answer = world.answers[getattr(world, what)()]
     assert (answer.ok, answer.code) == (False, 423)
     assert answer.details["running"] == {"kind": "reload", "generation": 3, "phase": "boot"}
+    assert "segue discard 3" in answer.reason
     assert answered(world, reload).ok
+
+
+def test_a_rollback_does_not_wait_for_what_is_being_staged() -> None:
+    world = reloaded()
+    stage = world.stage()
+    world.run(0.5)
+    assert world.state.change is not None
+    assert answered(world, world.rollback()).ok
+    assert world.state.current == 1
+    assert world.state.change is not None  # and that goes on
+    answer = answered(world, stage)
+    assert (answer.ok, answer.generation) == (True, 3)
+    assert world.state.generations[3].state is GenerationState.STAGED
 
 
 def test_what_comes_while_a_swap_runs_is_told_so() -> None:

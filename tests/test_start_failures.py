@@ -345,7 +345,9 @@ def runtime_with(name: str) -> str:
 @pytest.mark.parametrize("name", ["control.sock", "notify.sock", "g1w1.sock", "g1w1.adopt"])
 def test_what_is_in_the_place_of_a_socket_is_named(application, name) -> None:
     with not_started("shop:app", cwd=application("1"), runtime_dir=runtime_with(name)) as output:
-        assert re.search(rf"(Is a directory|Address already in use).*/{re.escape(name)}", output[0]), output[0]
+        assert re.search(rf"(Is a directory|Address already in use).*/{re.escape(name)}", output[0]), output[
+            0
+        ]
 
 
 @pytest.mark.parametrize("name", ["g1w1.http", "journal"])

@@ -944,6 +944,7 @@ def test_each_refusal_has_its_status() -> None:
 
             assert (await endpoints.phase(swaps, "prepare", b"{")).status == 400
             assert (await endpoints.phase(None, "prepare", b'{"swap": 1, "service": "x"}')).status == 404
+            assert (await endpoints.phase(None, "abort", b'{"swap": 1, "service": "x"}')).status == 200
             status, answer = await phase(
                 "prepare", swap=1, service="level", version=9, choices={"level": "low"}
             )

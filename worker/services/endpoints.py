@@ -32,8 +32,8 @@ async def phase(swaps: Swaps | None, which: str, body: bytes) -> Response:
         order = msgspec.json.decode(body, type=SwapOrder)
     except msgspec.DecodeError as error:
         return problem(400, f"the body isn't a swap order: {error}")
-    if swaps is None:
-        return _none(order.service)
+    if swaps is None:  # then there is nothing to be taken back, either
+        return _none(order.service) if which != "abort" else json_response({})
     if which == "prepare":
         return await _explained(
             swaps.prepare(order.swap, order.service, order.query, order.version, order.choices)
