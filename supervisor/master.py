@@ -442,6 +442,7 @@ class Master:
             case model.RolledBack():
                 self._history.rolled_back(effect)
             case model.ProbationEnded():
+                self.totals.probation_ended(effect.outcome)
                 self._history.probation_ended(effect)
             case model.AllDrained(generation):
                 self._history.drained(generation)

@@ -20,7 +20,8 @@ from segue import __version__
 from segue.handoff.http import Response
 from segue.handoff.messages import DRAIN_MODES, LATENCY_BOUNDS_S, Counts, Figures
 from segue.supervisor.status import services_of_current
-from segue.supervisor.totals import CAUSES, RELOAD_BOUNDS_S, Followed, Written
+from segue.supervisor.totals import CAUSES, KINDS, OUTCOMES, RELOAD_BOUNDS_S, Durations, Followed, Written
+from segue.supervisor.underway import Outcome
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -42,7 +43,7 @@ class Family(msgspec.Struct, frozen=True):
 
 _WORKER = ("generation", "worker")
 FAMILIES: dict[str, Family] = {
-    "segue": Family("info", "The version of segue and the name of the instance.", ("version", "instance")),
+    "segue": Family("info", "The version of segue and the name of the instance.", ("version", "name")),
     "segue_ready": Family("gauge", "1 while /readyz says so: a worker accepts, and nothing drains or stops."),
     "segue_draining": Family("gauge", "1 while an operator drains in this mode.", ("mode",)),
     "segue_master_epoch": Family("gauge", "How many masters this instance has had, this one included."),
@@ -96,6 +97,11 @@ FAMILIES: dict[str, Family] = {
     "segue_reloads": Family("counter", "Reloads and starts by outcome, ok or refused.", ("outcome",)),
     "segue_reload_duration_seconds": Family(
         "histogram", "From the request for a reload to its outcome.", ("outcome",)
+    ),
+    "segue_probations": Family(
+        "counter",
+        "Probations by how they ended; rolled back: the previous generation serves again. See deploys.md.",
+        ("outcome",),
     ),
     "segue_operations": Family(
         "counter", "Everything that was asked of the master, by outcome.", ("kind", "outcome")
@@ -156,7 +162,7 @@ async def scrape(master: Master, accept: str) -> Response:
     _instance(page, master)
     _generations(page, master)
     _counted(page, master.totals.counts(figures.values()), figures.values())
-    _done(page, master.totals.written)
+    _done(page, master.totals.written, services)
     for (generation, worker), each in sorted(figures.items()):
         _worker(page, each, generation=generation, worker=worker)
     for name, service in services.items():
@@ -207,7 +213,7 @@ class _Page:
 
 def _instance(page: _Page, master: Master) -> None:
     state = master.state
-    page.add("segue", 1, version=__version__, instance=master.instance.name)
+    page.add("segue", 1, version=__version__, name=master.instance.name)
     page.add("segue_ready", state.ready)
     for mode in DRAIN_MODES:
         page.add("segue_draining", state.drain_mode == mode, mode=mode)
@@ -259,17 +265,21 @@ def _counted(page: _Page, total: Counts, living: Collection[Figures]) -> None:
     page.add("segue_drain_refused_requests", total.held_left, reason="client left")
 
 
-def _done(page: _Page, written: Written) -> None:
-    for outcome, durations in written.reloads.items():
+def _done(page: _Page, written: Written, services: Collection[str]) -> None:
+    """What can be known before it happens is there with 0: an increase from nothing to 1 is none for Prometheus."""
+    for outcome in OUTCOMES:
+        durations = written.reloads.get(outcome) or Durations.none()
         page.add("segue_reloads", sum(durations.buckets), outcome=outcome)
         name = "segue_reload_duration_seconds"
         page.histogram(name, RELOAD_BOUNDS_S, durations.buckets, durations.seconds, outcome=outcome)
-    for kind, outcomes in written.operations.items():
-        for outcome, count in outcomes.items():
+        for kind in KINDS:
+            count = written.operations.get(kind, {}).get(outcome, 0)
             page.add("segue_operations", count, kind=kind, outcome=outcome)
-    for service, outcomes in written.swaps.items():
-        for outcome, count in outcomes.items():
+        for service in sorted({*services, *written.swaps}):
+            count = written.swaps.get(service, {}).get(outcome, 0)
             page.add("segue_service_swaps", count, service=service, outcome=outcome)
+    for ended in Outcome:
+        page.add("segue_probations", written.probations.get(ended, 0), outcome=ended)
     for cause in CAUSES:
         page.add("segue_worker_restarts", written.restarts.get(cause, 0), cause=cause)
 

@@ -26,6 +26,15 @@ RELOAD_BOUNDS_S = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 Key = tuple[int, int]
 """Generation and worker."""
 
+OUTCOMES = ("ok", "refused")
+"""How what was asked for ends."""
+
+KINDS = (
+    *("reload", "stage", "promote", "discard", "rollback"),
+    *("swap", "scale", "drain", "upgrade", "stop"),
+)
+"""What can be asked for."""
+
 CAUSES = ("crash", "start", "hang", "limit", "other")
 """Why a worker of the serving generation was started anew. ``start``: the last try failed."""
 
@@ -41,6 +50,11 @@ class Durations(msgspec.Struct):
 
     buckets: list[int]
     seconds: float = 0.0
+
+    @classmethod
+    def none(cls) -> Durations:
+        """One that has counted nothing."""
+        return cls([0] * (len(RELOAD_BOUNDS_S) + 1))
 
 
 class Followed(msgspec.Struct):
@@ -68,6 +82,8 @@ class Written(msgspec.Struct):
     """By service, then by outcome."""
     reloads: dict[str, Durations] = {}
     """By outcome."""
+    probations: dict[str, int] = {}
+    """By `segue.supervisor.underway.Outcome`."""
     restarts: dict[str, int] = {}
     """By one of `CAUSES`."""
     services: dict[str, Followed] = {}
@@ -117,11 +133,14 @@ class Totals:
         if operation.service:
             _increment(self.written.swaps, operation.service, outcome)
         if operation.kind == "reload":
-            empty = Durations([0] * (len(RELOAD_BOUNDS_S) + 1))
-            durations = self.written.reloads.setdefault(outcome, empty)
+            durations = self.written.reloads.setdefault(outcome, Durations.none())
             seconds = sum(operation.phases.values())
             durations.buckets[bisect_left(RELOAD_BOUNDS_S, seconds)] += 1
             durations.seconds += seconds
+
+    def probation_ended(self, outcome: str) -> None:
+        """A generation is watched no more."""
+        self.written.probations[outcome] = self.written.probations.get(outcome, 0) + 1
 
     def happened(self, event: str, fields: dict[str, Any]) -> None:
         """A line of the log: some of them count."""

@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from scenario import DEADLINE_S, HOT, ROOT, Client, Load, Segue, free_port, supervised, unix_call
 
 from segue.supervisor.metrics import FAMILIES
-from segue.supervisor.totals import Followed
+from segue.supervisor.totals import KINDS, Followed
+from segue.supervisor.underway import Outcome
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -257,6 +258,40 @@ def test_refused_reloads_and_drains_are_counted(application) -> None:
         assert value(found, "segue_draining", mode="reject") == 1
         assert value(found, "segue_ready") == 0
         assert master.command("drain", "stop").returncode == 0
+
+
+def test_what_has_not_happened_yet_is_there_with_0_so_that_an_alert_sees_the_first_time() -> None:
+    with supervised("app:app", cwd=ROOT / "examples" / "quotes") as master:
+        found = scrape(master)
+        for outcome in ("ok", "refused"):
+            assert value(found, "segue_reload_duration_seconds_count", outcome=outcome) == (outcome == "ok")
+            assert value(found, "segue_operations_total", kind="upgrade", outcome=outcome) == 0
+            for service in master.status()["services"]:
+                assert value(found, "segue_service_swaps_total", service=service, outcome=outcome) == 0
+        assert value(found, "segue_reloads_total", outcome="refused") == 0
+        for ended in Outcome:
+            assert value(found, "segue_probations_total", outcome=ended) == 0
+        unknown = {kind for kind in KINDS if master.call("GET", f"{HOT}/{kind}")[0] == 404}
+        assert unknown == {"drain", "swap"}, "those two have longer paths"
+
+
+def test_a_generation_that_is_taken_back_is_counted_and_stays_so(application) -> None:
+    with supervised("shop:app", "--probation", "600", cwd=application("1")) as master:
+        application("2")
+        assert master.command("reload").returncode == 0
+        os.kill(master.worker_pids()[0], signal.SIGKILL)
+        master.wait_status(lambda status: status["current"] == 1 and status["ready"])
+        found = scrape(master)
+        assert value(found, "segue_probations_total", outcome="rolled back") == 1
+        assert value(found, "segue_reloads_total", outcome="ok") == 2
+        assert master.command("upgrade").returncode == 0
+        master.wait_status(lambda status: status["master"]["epoch"] == 2)
+        assert_monotonic(found, scrape(master))
+
+
+def test_no_label_is_one_that_prometheus_gives_to_what_it_scrapes() -> None:
+    for name, family in FAMILIES.items():
+        assert not {"instance", "job", "le", "quantile"} & set(family.labels), name
 
 
 def test_without_request_metrics_only_the_number_of_requests_is_left(application) -> None:
