@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -26,9 +27,11 @@ from segue.supervisor.commanding import (
 )
 from segue.supervisor.exits import Status
 from segue.supervisor.options import ServeCommand, serve_options
-from segue.supervisor.terminal import Progress, echo
+from segue.supervisor.terminal import Progress, echo, seconds_of
 
 _STOP_BUDGET_S = 30.0
+_NOT_PRINTED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing into a file can end with. A pipe that nobody reads is click's matter."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -161,7 +164,7 @@ def scale(name: str | None, runtime_dir: str | None, workers: int, waiting: Wait
 def upgrade(name: str | None, runtime_dir: str | None, waiting: Waiting) -> None:
     """Let the master itself take on the segue and the settings that are on disk; the workers serve on."""
     operation = change(find(runtime_dir, name), f"{HOT}/upgrade", waiting)
-    click.echo(f"the master was upgraded ({sum(operation['phases'].values()):.2f} s)")
+    click.echo(f"the master was upgraded ({seconds_of(operation):.2f} s)")
 
 
 @cli.group()
@@ -267,7 +270,12 @@ def main() -> None:
         ends = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
         (reaping.hold_back if sys.argv[1:2] == ["serve"] else reaping.end_by)(ends)
     _open_missing_streams()
-    cli(complete_var="_SEGUE_COMPLETE")
+    try:
+        cli(complete_var="_SEGUE_COMPLETE")
+    except OSError as error:
+        if error.errno not in _NOT_PRINTED:
+            raise
+        sys.exit(f"segue: this can't be printed: {error.strerror}")
 
 
 def _open_missing_streams() -> None:

@@ -12,6 +12,7 @@ import click
 from segue.handoff.messages import HOT
 from segue.supervisor import exits
 from segue.supervisor.commanding import Waiting, change, find, instance_options, waiting_options
+from segue.supervisor.terminal import seconds_of
 
 _STRATEGIES = ("surge", "rolling", "replace")
 _until = click.option(
@@ -114,7 +115,7 @@ def _swap(
     leases = sum(worker.get("leases_out", 0) for worker in operation["workers"])
     click.echo(
         f"{service} is version {operation['version']} in {len(operation['workers'])} workers "
-        f"({_seconds(operation):.2f} s)"
+        f"({seconds_of(operation):.2f} s)"
         + (f"; rewired: {', '.join(operation['rewired'])}" if operation["rewired"] else "")
         + (f"; {leases} leases still on the old one" if leases else "")
     )
@@ -130,7 +131,7 @@ def stage(name: str | None, runtime_dir: str | None, waiting: Waiting) -> None:
     """
     operation = change(find(runtime_dir, name), _target("stage"), waiting)
     generation = operation["generation"]
-    click.echo(f"generation {generation} is staged ({_seconds(operation):.2f} s); it serves nothing yet")
+    click.echo(f"generation {generation} is staged ({seconds_of(operation):.2f} s); it serves nothing yet")
     for probe in operation["probes"]:
         click.echo(f"    curl --unix-socket {probe['socket']} http://x/")
     click.echo(f"next: segue promote {generation}, or segue discard {generation}")
@@ -193,7 +194,7 @@ def rollback(
     """Take the previous generation (or ID) back, as long as it is still draining or parked."""
     target = _target("rollback", generation=generation)
     operation = change(find(runtime_dir, name), target, waiting, until=wait)
-    click.echo(f"generation {operation['generation']} serves again ({_seconds(operation):.3f} s)")
+    click.echo(f"generation {operation['generation']} serves again ({seconds_of(operation):.3f} s)")
 
 
 COMMANDS: tuple[click.Command, ...] = (reload, stage, promote, discard, rollback)
@@ -204,13 +205,8 @@ def _target(path: str, **query: Any) -> str:
     return f"{HOT}/{path}" + (f"?{given}" if given else "")
 
 
-def _seconds(operation: dict[str, Any]) -> float:
-    seconds: float = sum(seconds for phase, seconds in operation["phases"].items() if phase != "queued")
-    return seconds
-
-
 def _served(operation: dict[str, Any], wait: str) -> str:
     passed = " and has passed its probation" if wait == "probation" else ""
     changes = operation.get("changes")
     changed = f"\nchanged: {changes['summary']}" if changes else ""
-    return f"generation {operation['generation']} serves{passed} ({_seconds(operation):.2f} s){changed}"
+    return f"generation {operation['generation']} serves{passed} ({seconds_of(operation):.2f} s){changed}"

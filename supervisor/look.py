@@ -16,7 +16,7 @@ from rich.text import Text
 from segue.handoff.messages import HOT
 from segue.supervisor import client
 from segue.supervisor.instance import Instance, InstanceError
-from segue.supervisor.terminal import colour_of, coloured
+from segue.supervisor.terminal import colour_of, coloured, seconds_of
 
 _RELOADS = 5
 _EVENTS = 6
@@ -165,14 +165,13 @@ def _reloads(document: dict[str, Any]) -> Table:
     table.add_column("REASON", ratio=1, no_wrap=True, overflow="ellipsis")
     for reload in reversed(document["reloads"][-_RELOADS:]):
         outcome = reload["outcome"] or f"running ({reload['phase']})"
-        seconds = sum(s for phase, s in reload["phases"].items() if phase not in {"queued", "drain"})
         table.add_row(
             str(reload["number"]),
             reload["kind"],
             str(reload["generation"] or "-"),
             reload["asked_by"],
             _state(outcome),
-            f"{seconds:.2f}",
+            f"{seconds_of(reload):.2f}",
             reload["reason"],
         )
     return table

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from segue.supervisor.terminal import colour_of
+from segue.supervisor.terminal import colour_of, seconds_of
 
 _RELOADS_SHOWN = 5
 
@@ -26,6 +26,7 @@ def status_table(document: dict[str, Any]) -> str:
         f"instance {document['instance']}: {head}",
         f"master   pid {master['pid']}, segue {master['version']}, up {_age(master['started'])}, {_mib(master['rss_bytes'])}",
         "listens  " + (", ".join(listener["address"] for listener in document["listeners"]) or "nowhere yet"),
+        *(f"admin    {_link(address)}" for address in document.get("admin", ())),  # an older master has none
         *(_code(generation) for generation in document["generations"] if generation["code"]),
         *(f"note     {difference}" for difference in master["differs_on_disk"]),
         "",
@@ -50,6 +51,11 @@ def status_table(document: dict[str, Any]) -> str:
             ),
         ]
     return "\n".join(lines)
+
+
+def _link(address: str) -> str:
+    """The dashboard's address."""
+    return address if address.startswith("unix:") else f"http://{address}/"
 
 
 def _code(generation: dict[str, Any]) -> str:
@@ -115,7 +121,7 @@ def _reload_rows(document: dict[str, Any]) -> list[list[str]]:
             _text(reload["generation"]),
             reload["asked_by"],
             reload["outcome"] or f"running ({reload['phase']})",
-            f"{sum(reload['phases'].values()):.2f}",
+            f"{seconds_of(reload):.2f}",
             reload["reason"],
         ]
         for reload in document["reloads"][-_RELOADS_SHOWN:]

@@ -6,8 +6,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -49,6 +50,11 @@ def coloured(stream: TextIO | None = None) -> bool:
 def colour_of(word: str) -> str | None:
     """The colour of a state or an outcome."""
     return _STYLES.get(word)
+
+
+def seconds_of(operation: Mapping[str, Any]) -> float:
+    """What an operation took from the request to its outcome; what is left to finish in the old generation is no part of it."""
+    return float(sum(seconds for phase, seconds in operation["phases"].items() if phase != "drain"))
 
 
 def echo(text: str, *, err: bool = False) -> None:

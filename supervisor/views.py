@@ -105,7 +105,8 @@ def logs(
     printed = ask(instance, f"{HOT}/logs{query}")["logs"]
     if as_json:
         click.echo(json.dumps(printed, indent=2))
-        return
+        if printed or chosen is None:
+            return
     unit = outputs.journal_unit(owner.pid)
     if not printed and (chosen is not None or unit is None):
         known = ask(instance, f"{HOT}/logs")["logs"]

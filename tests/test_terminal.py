@@ -20,8 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from scenario import DEADLINE_S, HOT, ROOT, Segue, environment, segue, supervised, unix_call
+
+from segue.supervisor.table import status_table
 
 ALTERNATE_SCREEN, BACK = "\x1b[?1049h", "\x1b[?1049l"
 
@@ -267,6 +270,8 @@ def test_logs_are_what_workers_printed_while_they_started(application: Any) -> N
         missing = master.command("logs", "9")
         assert missing.returncode == 1
         assert "1/1, 2/1" in missing.stderr
+        as_json = master.command("logs", "9", "--json")
+        assert (as_json.returncode, as_json.stdout) == (1, "[]\n")
         assert master.command("logs", "nonsense").returncode == 2
         follow = master.command("logs", "--follow")
         assert follow.returncode == 1
@@ -450,6 +455,32 @@ def test_colours_are_for_terminals(master: Segue) -> None:
         assert screen.wait_exit() == 0
         assert "\x1b" not in screen.raw
         assert "active" in screen.raw
+
+
+def test_what_a_reload_took_does_not_grow_with_what_is_left_to_finish_in_the_old_generation(
+    master: Segue,
+) -> None:
+    said = re.search(r"\(([\d.]+) s\)", master.reload("--wait", "drained").stdout)
+    document = master.status()
+    assert document["reloads"][-1]["phases"]["drain"] > 0
+    document["reloads"][-1]["phases"]["drain"] = 600.0
+    assert said is not None
+    assert f"ok       {said[1]}" in click.unstyle(status_table(document))
+
+
+def test_what_cannot_be_printed_is_told_without_a_traceback(master: Segue) -> None:
+    where = ("--runtime-dir", master.runtime_dir, "--name", master.name)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "segue.supervisor.cli", "status", "--json", *where],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(PYTHONPATH=str(ROOT)),
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "segue: this can't be printed: No space left on device\n"
 
 
 def test_what_takes_long_says_so_on_a_terminal_and_leaves_nothing_behind(
