@@ -28,6 +28,8 @@ class Request(msgspec.Struct, frozen=True):
     peer_pid: int | None
     peer_groups: frozenset[int] = frozenset()
     """Groups of that user (SO_PEERGROUPS), its own included."""
+    trusted: bool = True
+    """False for who may only read what is open to all."""
 
 
 class Response(msgspec.Struct, frozen=True):

@@ -77,7 +77,7 @@ def adopt_listener(fd: int) -> Listener:
         )
     os.close(fd)
     sock.setblocking(False)
-    address = _address(sock)
+    address = address_of(sock)
     return _listener(address, 0, sock)
 
 
@@ -102,10 +102,11 @@ def known_listener(bind: str, number: int, fd: int) -> Listener | None:
 def _listener(bind: str, number: int, sock: socket.socket) -> Listener:
     family = {socket.AF_INET: "inet", socket.AF_INET6: "inet6"}.get(sock.family, "unix")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", bind).strip("-") + (f"-{number}" if number else "")
-    return Listener(bind, ListenerInfo(name, _address(sock), family, bind), sock)
+    return Listener(bind, ListenerInfo(name, address_of(sock), family, bind), sock)
 
 
-def _address(sock: socket.socket) -> str:
+def address_of(sock: socket.socket) -> str:
+    """Where it listens, as people write it."""
     name = sock.getsockname()
     if isinstance(name, str):
         return f"unix:{name}"

@@ -60,6 +60,10 @@ class Admission:
             return None if self._in_session(request) else _check_token(request, self._master.token)
         return None
 
+    def has_shown_token(self, request: Request) -> bool:
+        """Whether who asks through ``--admin`` bears the token, or has signed in with it."""
+        return self._in_session(request) or _check_token(request, self._master.token) is None
+
     def _in_session(self, request: Request) -> bool:
         """A browser that has signed in; what it asks to be changed must come from the page itself."""
         if not dashboard.in_session(request, self._master.token):
@@ -68,11 +72,10 @@ class Admission:
 
     async def session(self, request: Request) -> Response:
         """What whoever looks at the page may do."""
-        session = request.peer_uid is None and dashboard.in_session(request, self._master.token)
         document = {
-            "act": request.peer_uid is not None or session,
+            "act": request.trusted,
             "token": self._master.token is not None,
-            "session": session,
+            "session": dashboard.in_session(request, self._master.token),
         }
         return json_response(document, headers={"Cache-Control": "no-store"})
 
@@ -88,7 +91,9 @@ class Admission:
 
     async def sign_out(self, _: Request) -> Response:
         """End it."""
-        return json_response({"act": False}, headers={"Set-Cookie": dashboard.end_session()})
+        return json_response(
+            {"act": False}, headers={"Set-Cookie": dashboard.end_session(self._master.token)}
+        )
 
 
 def _check_token(request: Request, token: str | None) -> Response | None:
@@ -96,6 +101,10 @@ def _check_token(request: Request, token: str | None) -> Response | None:
         return problem(403, "this needs a token, and segue serves without --token-file")
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     digests = [hashlib.sha256(text.strip().encode()).digest() for text in (given, token)]
-    if scheme.lower() != "bearer" or not hmac.compare_digest(*digests):
-        return problem(401, "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="segue"'})
-    return None
+    if scheme.lower() != "bearer":
+        reason = "this needs the token of --token-file, as 'Authorization: Bearer TOKEN'"
+    elif not hmac.compare_digest(*digests):
+        reason = "that is not the token of --token-file"
+    else:
+        return None
+    return problem(401, reason, {"WWW-Authenticate": 'Bearer realm="segue"'})

@@ -11,6 +11,8 @@ import contextlib
 import os
 import socket
 
+import msgspec
+
 from segue.handoff.http import Request, Response, Router, json_response, problem
 from segue.handoff.http_server import serve
 from segue.handoff.messages import HOT
@@ -69,12 +71,16 @@ class Control:
         """Serve ``--admin`` on a bound TCP socket; `host` is what its address was given as."""
         self._admission.admin_names = frozenset({host.lower()})
         sock.setblocking(False)
-        self._servers.append(await serve(sock, self._answer, self._admission.to_admin))
+        self._servers.append(await serve(sock, self._answer_admin, self._admission.to_admin))
 
     def close(self) -> None:
         """Stop listening."""
         for server in self._servers:
             server.close()
+
+    async def _answer_admin(self, request: Request) -> Response:
+        trusted = self._admission.has_shown_token(request)
+        return await self._answer(msgspec.structs.replace(request, trusted=trusted))
 
     async def _answer(self, request: Request) -> Response:
         task = asyncio.current_task()

@@ -12,7 +12,7 @@ from segue.supervisor.master import Master
 from segue.supervisor.metrics import scrape
 from segue.supervisor.openapi import Route
 from segue.supervisor.ring import KEPT, read_number
-from segue.supervisor.status import status
+from segue.supervisor.status import status, without_output
 from segue.supervisor.watching import Watching
 
 MAX_FOLLOWERS = 64
@@ -26,7 +26,7 @@ class Reads:
     def __init__(self, master: Master) -> None:
         self._master = master
         self._followers = 0
-        self._watching = Watching(lambda: status(master), master.events.changed)
+        self._watching = Watching(lambda: status(master), without_output, master.events.changed)
 
     def routes(self) -> list[Route]:
         """As they are served and described."""
@@ -92,8 +92,9 @@ class Reads:
     async def _metrics(self, request: Request) -> Response:
         return await scrape(self._master, request.headers.get("accept", ""))
 
-    async def _status(self, _: Request) -> Response:
-        return json_response(await status(self._master))
+    async def _status(self, request: Request) -> Response:
+        document = await status(self._master)
+        return json_response(document if request.trusted else without_output(document))
 
     async def _config(self, _: Request) -> Response:
         taken = self._master.snapshots.current
@@ -125,9 +126,9 @@ class Reads:
             return Response(200, b'{"events":[' + b",".join(line for _, line in kept) + b"]}\n")
         return self._stream(events.stream(number, count))
 
-    async def _watch(self, _: Request) -> Response:
+    async def _watch(self, request: Request) -> Response:
         """The status, and again with everything that happens."""
-        answer = self._stream(self._watching.stream())
+        answer = self._stream(self._watching.stream(request.trusted))
         if answer.stream is not None and (task := asyncio.current_task()) is not None:
             task.set_name("control-watch")  # which has no end that an exiting master could wait for
         return answer

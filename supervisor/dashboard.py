@@ -16,7 +16,7 @@ from pathlib import Path
 
 from segue.handoff.http import Request, Response
 
-COOKIE = "segue-session"
+_COOKIE = "segue-session"
 SESSION_S = 12 * 3600
 _TYPES = {
     "html": "text/html; charset=utf-8",
@@ -61,12 +61,12 @@ def _read(name: str) -> tuple[bytes, str]:
 def begin_session(token: str) -> str:
     """The ``Set-Cookie`` for a browser that has shown the token."""
     until = str(int(time.time()) + SESSION_S)
-    return _cookie(f"{until}.{_sign(token, until)}", SESSION_S)
+    return _cookie(token, f"{until}.{_sign(token, until)}", SESSION_S)
 
 
-def end_session() -> str:
+def end_session(token: str | None) -> str:
     """The ``Set-Cookie`` that takes it back."""
-    return _cookie("", 0)
+    return _cookie(token or "", "", 0)
 
 
 def in_session(request: Request, token: str | None) -> bool:
@@ -74,7 +74,7 @@ def in_session(request: Request, token: str | None) -> bool:
     if token is None:
         return False
     try:
-        cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
+        cookie = SimpleCookie(request.headers.get("cookie", "")).get(_name(token))
     except CookieError:
         return False
     until, _, signature = (cookie.value if cookie else "").partition(".")
@@ -87,8 +87,17 @@ def in_session(request: Request, token: str | None) -> bool:
 
 
 def _sign(token: str, until: str) -> str:
-    return hmac.new(token.strip().encode(), f"segue session until {until}".encode(), "sha256").hexdigest()
+    return _mac(token, f"segue session until {until}")
 
 
-def _cookie(value: str, seconds: int) -> str:
-    return f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict"
+def _name(token: str) -> str:
+    """A browser sends the cookies of a host to all of its ports: instances with tokens of their own don't end each other's."""
+    return f"{_COOKIE}-{_mac(token, 'segue session name')[:8]}"
+
+
+def _mac(token: str, text: str) -> str:
+    return hmac.new(token.strip().encode(), text.encode(), "sha256").hexdigest()
+
+
+def _cookie(token: str, value: str, seconds: int) -> str:
+    return f"{_name(token)}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict"

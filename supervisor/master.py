@@ -83,6 +83,8 @@ class Master:
         log.tap = self.events.add
         self.sockets: dict[str, int] = {}
         """What others have opened for this master, and an upgrade passes on, by name."""
+        self.admin: list[str] = []
+        """Where ``--admin`` is served."""
         self._environ, self._base_dir = environ, base_dir
         self._settings = settings.settings
         self._inherited = mastership.inherited
@@ -126,7 +128,7 @@ class Master:
         self.codes = Codes(self.snapshots, self.operations, mastership.known.codes, log)
         self.totals = Totals(self.instance, mastership.known.totals, living)
         self.timeline = Timeline()
-        self.timeline.restore(mastership.known.timeline, self.state)
+        self.timeline.restore(mastership.known.timeline, self.state, self.snapshots.by_generation)
         self._journal = Journal(self.instance.journal)
         self._journal_error = ""
         self._writer = memory.Writer(memory.Instance(mastership.identity, mastership.epoch))
@@ -202,7 +204,7 @@ class Master:
         self.state, effects = lifecycle.step(self.state, event, time.monotonic())
         if isinstance(event, model.WorkerExited):
             self.totals.worker_ended((event.generation, event.worker))
-        self.timeline.note(self.state)
+        self.timeline.note(self.state, self.snapshots.by_generation)
         self._record()  # before anybody is told: what an effect begins must be known if it is cut short
         if isinstance(event, model.HandingOver) and not event.error:
             self.snapshots.retreat(event.generation)
@@ -226,7 +228,7 @@ class Master:
             self.totals.written,
             self.codes.by_generation,
         )
-        error = self._journal.write(values | {"timeline": self.timeline.spans()})
+        error = self._journal.write(values | {"timeline": self.timeline.rows()})
         if error and error != self._journal_error:
             self.log("error", "journal-not-written", reason=error)
         self._journal_error = error

@@ -20,7 +20,7 @@ from segue.supervisor import settings as config
 from segue.supervisor.code import Code
 from segue.supervisor.model import GenerationState, PromoteKind, State, WorkerState
 from segue.supervisor.snapshot import Snapshot
-from segue.supervisor.timeline import Span
+from segue.supervisor.timeline import Row
 from segue.supervisor.totals import Written
 
 _T = TypeVar("_T")
@@ -123,7 +123,7 @@ class Memory(msgspec.Struct):
     numbers: Numbers = Numbers()
     current: int | None = None
     drain_mode: str | None = None
-    timeline: dict[int, list[Span]] = {}
+    timeline: dict[int, Row] = {}
     promote: Promote | None = None
     probation: Probation | None = None
     swap: Swap | None = None
@@ -152,7 +152,7 @@ def recall(values: dict[str, bytes]) -> Memory:
         services=_decode(values.get("services"), dict[str, ServiceRecord]) or {},
         current=_decode(values.get("current"), int),
         drain_mode=_decode(values.get("drain_mode"), str),
-        timeline=_decode(values.get("timeline"), dict[int, list[Span]]) or {},
+        timeline=_decode(values.get("timeline"), dict[int, Row]) or {},
         totals=_decode(values.get("totals"), Written),
     )
     for key, data in values.items():

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from segue.handoff.descriptors import raise_limit
-from segue.handoff.listeners import BindError, open_listeners
+from segue.handoff.listeners import BindError, address_of, open_listeners
 from segue.supervisor import journal, memory
 from segue.supervisor import settings as config
 from segue.supervisor.control import Control
@@ -135,6 +135,8 @@ async def _run(
             for number, sock in enumerate(_admin_sockets(settings.admin, inherited)):
                 await control.listen_admin(sock, settings.admin.rpartition(":")[0].strip("[]"))
                 master.sockets[admin_name(settings.admin, number)] = sock.fileno()
+                master.admin.append(address_of(sock))
+                log("info", "admin-listening", address=master.admin[-1])
         except BindError as error:
             control.close()
             raise StartError(f"admin: {error}", Status.USAGE) from error

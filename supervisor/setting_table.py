@@ -356,7 +356,7 @@ TABLE: tuple[Setting, ...] = (
     _text(
         "admin",
         _HEALTH,
-        "Serve health and status here, and with --token-file every command.",
+        "Serve the dashboard, metrics, health and status here, and with --token-file every command.",
         metavar="HOST:PORT",
         restart=True,
     ),

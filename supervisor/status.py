@@ -66,7 +66,13 @@ async def status(master: Master) -> dict[str, Any]:
         "reloads": [_reload(o.document()) for o in master.operations.deploys(_RELOADS_SHOWN)],
         "timeline": master.timeline.document(),
         "listeners": listeners(master),
+        "admin": master.admin,
     }
+
+
+def without_output(document: dict[str, Any]) -> dict[str, Any]:
+    """What of it everybody may see: what failed workers printed is for those who may steer."""
+    return document | {"reloads": [reload | {"output": ""} for reload in document["reloads"]]}
 
 
 async def services_of_current(master: Master) -> dict[str, Any]:

@@ -305,6 +305,17 @@ def unix_call(
         connection.close()
 
 
+def tcp_call(port: int, method: str, target: str, token: str | None = None) -> tuple[int, str | None, Any]:
+    """Status, type and document of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    try:
+        connection.request(method, target, headers={"Authorization": f"Bearer {token}"} if token else {})
+        response = connection.getresponse()
+        return response.status, response.getheader("content-type"), json.loads(response.read())
+    finally:
+        connection.close()
+
+
 @contextlib.contextmanager
 def supervised(*arguments: str, **options: Any) -> Iterator[Segue]:
     """A ready master; killed in the end if the test has not stopped it."""

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Segue, free_port, supervised
-from test_control import tcp_call
+from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Segue, free_port, supervised, tcp_call
 
 from segue.supervisor import room
 from segue.supervisor.room import bytes_left, own_bytes, too_many
@@ -192,10 +191,13 @@ class Looks:
 def test_nobody_looks_once_the_last_has_left_whenever_that_is() -> None:
     async def run() -> None:
         looks = Looks()
-        watching = Watching(looks.look, looks.happened)
-        first, second = watching.stream(), watching.stream()
+        watching = Watching(looks.look, lambda _: {"for": "all"}, looks.happened)
+        first, second, third = (watching.stream(trusted) for trusted in (True, True, False))
         assert b'{"look":1}' in await anext(first)
         assert b'{"look":1}' in await anext(second)  # what was shown already
+        assert b'{"for":"all"}' in await anext(third)  # who isn't trusted has a part of the same look
+        assert looks.count == 1
+        await third.aclose()
         await second.aclose()  # leaves before it asks for more
         await first.aclose()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -211,10 +213,12 @@ def test_a_look_that_fails_ends_the_streams_so_that_pages_come_back() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
         looks = Looks(fail_at=2)
         looks.event.set()  # something happens all the time
-        watching = Watching(looks.look, looks.happened)
-        assert [piece async for piece in watching.stream()] == [b'event: status\ndata: {"look":1}\n\n']
+        watching = Watching(looks.look, dict, looks.happened)
+        assert [piece async for piece in watching.stream(trusted=True)] == [
+            b'event: status\ndata: {"look":1}\n\n'
+        ]
         assert [type(each["exception"]) for each in said] == [KeyError]
-        again = watching.stream()
+        again = watching.stream(trusted=True)
         assert b'{"look":3}' in await anext(again)
         await again.aclose()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import os
 import socket
@@ -14,21 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import HOT, TOKEN, Client, free_port, segue, supervised, unix_call
+from scenario import HOT, TOKEN, Client, free_port, segue, supervised, tcp_call, unix_call
 
 from segue.handoff import http_server
 from segue.handoff.http import Router
-
-
-def tcp_call(port: int, method: str, target: str, token: str | None = None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request(method, target, headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        body = response.read()
-        return response.status, response.getheader("content-type"), json.loads(body)
-    finally:
-        connection.close()
 
 
 def test_sockets_are_private(application) -> None:
@@ -172,6 +160,20 @@ def test_the_admin_listener_shows_to_all_and_changes_for_the_token(application, 
         assert (code, document["outcome"], document["generation"]) == (200, "ok", 2)
         assert TOKEN not in master.output.text
         assert TOKEN not in json.dumps(master.status())
+        master.stop()
+
+
+def test_where_the_admin_listener_is_can_be_seen_also_of_a_port_that_was_left_to_the_kernel(
+    application, token_file
+) -> None:
+    flags = ("--admin", "127.0.0.1:0", "--token-file", str(token_file))
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
+        [address] = master.status()["admin"]
+        assert f"admin    http://{address}/" in master.command("status").stdout.splitlines()
+        assert f"admin-listening address={address}" in master.output.text
+        assert tcp_call(int(address.rpartition(":")[2]), "GET", "/livez")[0] == 200
+        assert master.command("upgrade").returncode == 0
+        assert master.status()["admin"] == [address]
         master.stop()
 
 

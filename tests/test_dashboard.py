@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 from typing import Any
 
 from browser import Page, browser
-from scenario import HOT, ROOT, TOKEN, Client, Segue, free_port, supervised
+from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Client, Segue, free_port, supervised, tcp_call
 
 
 def live(page: Page) -> None:
@@ -21,7 +22,7 @@ def sign_in(page: Page) -> None:
     page.run("document.getElementById('token').focus()")
     page.type(TOKEN)
     page.press_enter()
-    page.wait("!document.querySelector('[data-action=reload]').disabled")
+    page.wait("document.querySelector('[data-action=reload]').ariaDisabled === null")
 
 
 def press(page: Page, selector: str) -> str:
@@ -56,7 +57,7 @@ def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file) -
             while not any(row[6].startswith("≤ ") for row in cells(page, "workers")):
                 assert client.get("/")[0] == 200
             assert any(row[7].startswith("≤ ") and float(row[5]) > 0 for row in cells(page, "workers"))
-        assert page.run("document.querySelector('[data-action=reload]').disabled")
+        assert page.run("document.querySelector('[data-action=reload]').ariaDisabled") == "true"
         sign_in(page)
         assert "generation 2" in press(page, "[data-action=reload]")
         page.wait("document.querySelector('#generations tbody tr').cells[1].innerText === 'active'")
@@ -105,7 +106,7 @@ def test_it_is_steered_from_the_keyboard_and_read_by_a_screen_reader(application
         focus(page, "document.activeElement.id === 'token'")
         page.type(TOKEN)
         page.press_enter()
-        page.wait("!document.querySelector('[data-action=reload]').disabled")
+        page.wait("document.querySelector('[data-action=reload]').ariaDisabled === null")
         focus(page, "document.activeElement.dataset.action === 'reload'")
         assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         page.press_enter()
@@ -119,12 +120,195 @@ def test_it_is_steered_from_the_keyboard_and_read_by_a_screen_reader(application
                 role
             )
         assert ("button", "One worker more") in spoken
-        for colours in ("dark", "light"):
-            page.prefer(colours)
-            ground = page.run("getComputedStyle(document.body).backgroundColor")
-            ink = page.run("getComputedStyle(document.body).color")
-            assert contrast(ground, ink) > 7, (colours, ground, ink)
         master.stop()
+
+
+def test_whoever_types_never_loses_the_focus_to_nowhere(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    with supervised("shop:app", *flags, cwd=application("1")) as master, browser() as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        live(page)
+        page.wait("!document.getElementById('signin').hidden")
+        page.run("document.getElementById('token').focus()")
+        page.type("nothing-like-it-at-all")
+        page.press_enter()
+        note = "document.getElementById('signin-note')"
+        page.wait(f"{note}.textContent === 'that is not the token of --token-file'")
+        assert page.run(f"{note}.role") == "alert"
+        assert page.run("document.activeElement.id") == "token"
+        more = master.command("scale", "2")
+        assert more.returncode == 0, more.stderr
+        page.wait("document.getElementById('workers-wanted').textContent === '2'")
+        assert page.run(f"{note}.textContent"), "news of something else leave it"
+        sign_in(page)
+        page.wait("document.activeElement.dataset.action === 'reload'")
+        assert page.run(f"{note}.textContent") == ""
+
+        focus(page, "document.activeElement.dataset.mode === 'reject'")
+        page.press_enter()
+        page.wait("document.querySelector('[data-mode=reject]').ariaDisabled === 'true'")
+        assert page.run("document.activeElement.dataset.mode") == "reject"
+        page.press_enter()  # does nothing now
+        focus(page, "document.activeElement.dataset.action === 'undrain'")
+        page.press_enter()
+        page.wait("document.querySelector('[data-action=undrain]').ariaDisabled === 'true'")
+        assert page.run("document.activeElement.dataset.action") == "undrain"
+        page.wait("document.querySelectorAll('#outcomes li[data-tone=good]').length === 2")
+        assert page.run("document.querySelectorAll('#outcomes li').length") == 2
+        assert "done" in press(page, "[data-action=scale][data-delta='-1']")
+        page.wait("document.querySelector('[data-delta=\"-1\"]').ariaDisabled === 'true'")  # one is the least
+
+        page.wait("document.querySelectorAll('#events li').length > 0")
+        page.run("document.getElementById('signout').click()")
+        page.wait("document.activeElement.id === 'token'")
+        assert page.run("document.querySelectorAll('#events li').length") == 0
+        assert not page.errors
+        master.stop()
+
+
+def test_everything_can_be_told_from_its_ground_in_both_themes(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    code = application("1")
+    with supervised("shop:app", *flags, cwd=code) as master, browser() as page:
+        assert master.command("stage").returncode == 0
+        application("3", prelude="import redis_that_is_not_there\n")
+        assert master.command("reload").returncode == 1
+        assert master.command("drain", "start").returncode == 0
+        page.open(f"http://127.0.0.1:{port}/")
+        live(page)
+        for signed_in in (False, True):
+            if signed_in:
+                sign_in(page)
+                page.wait("document.querySelectorAll('#events li[data-tone=bad]').length > 0")
+            for colours in ("dark", "light"):
+                page.prefer(colours)
+                assert contrast_of_ink(page) > 7
+                faint = page.run(TOO_FAINT)
+                assert not faint, (colours, signed_in, faint)
+        master.stop()
+
+
+def contrast_of_ink(page: Page) -> float:
+    ground = page.run("getComputedStyle(document.body).backgroundColor")
+    return contrast(ground, page.run("getComputedStyle(document.body).color"))
+
+
+TOO_FAINT = """
+(() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const linear = (part) => (part /= 255, part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  const luminance = ([red, green, blue]) => 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue);
+  const contrast = (one, other) => {
+    const [dark, light] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+    return (light + 0.05) / (dark + 0.05);
+  };
+  const over = (top, under) => [0, 1, 2].map((i) => top[i] * (top[3] ?? 1) + under[i] * (1 - (top[3] ?? 1)));
+  const ground = (element) => {
+    const own = parse(getComputedStyle(element).backgroundColor);
+    return (own[3] ?? 1) === 1 || !element.parentElement ? own : over(own, ground(element.parentElement));
+  };
+  const shown = (element) => element.getClientRects().length > 0 && !element.closest("[aria-disabled=true]");
+  const faint = [];
+  const check = (what, colour, under, least) => {
+    const found = contrast(over(colour, under), under);
+    if (!(found >= least)) faint.push(`${what}: ${found.toFixed(2)}`);
+  };
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.textContent.trim() || !shown(element)) continue;
+    const style = getComputedStyle(element);
+    const colour = element instanceof SVGElement ? style.fill : style.color;
+    check(texts.currentNode.textContent.trim(), parse(colour), ground(element), 4.5);
+  }
+  for (const element of document.querySelectorAll("input, button")) {
+    if (shown(element)) check(element.outerHTML, parse(getComputedStyle(element).borderTopColor), ground(element.parentElement), 3);
+  }
+  for (const element of document.querySelectorAll("rect[data-state]")) {
+    check(element.dataset.state, parse(getComputedStyle(element).fill), ground(element.ownerSVGElement.parentElement), 3);
+  }
+  for (const element of document.querySelectorAll(".legend li, td [data-state]")) {
+    check(element.dataset.state, parse(getComputedStyle(element, "::before").backgroundColor), ground(element), 3);
+  }
+  return faint;
+})()
+"""
+"""Texts below a contrast of 4.5, edges of what is typed or pressed and parts of pictures below 3: WCAG 2.2, AA."""
+
+
+def test_what_failed_workers_printed_is_for_those_who_may_steer(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    with supervised("shop:app", *flags, cwd=application("1")) as master, browser() as page:
+        application("2", prelude="print('postgres://shop:hunter2@db')\nimport redis_that_is_not_there\n")
+        assert master.command("reload").returncode == 1
+        assert "hunter2" in json.dumps(master.status())
+        seen = json.dumps(tcp_call(port, "GET", f"{HOT}/status")[2])
+        assert "redis_that_is_not_there" in seen, "the reason is for all"
+        assert "hunter2" not in seen
+        assert "hunter2" in json.dumps(tcp_call(port, "GET", f"{HOT}/status", TOKEN)[2])
+        page.open(f"http://127.0.0.1:{port}/")
+        live(page)
+        page.wait("document.querySelector('#reloads').innerText.includes('redis_that_is_not_there')")
+        assert "hunter2" not in page.run("document.body.textContent")
+        sign_in(page)
+        page.wait("document.querySelector('#reloads details pre')?.textContent.includes('hunter2')")
+        page.run("document.getElementById('signout').click()")
+        page.wait("!document.body.textContent.includes('hunter2')")
+        master.stop()
+
+
+def test_who_is_signed_in_to_one_instance_stays_so_when_signing_in_to_another_on_the_same_host(
+    application, token_file, tmp_path
+) -> None:
+    other_token = tmp_path / "other-token"
+    other_token.write_text("another-token-of-many-letters\n")
+    other_token.chmod(0o600)
+    ports = free_port(), free_port()
+    code = application("1")
+    with (
+        supervised(
+            "shop:app", "--admin", f"127.0.0.1:{ports[0]}", "--token-file", str(token_file), cwd=code
+        ) as one,
+        supervised(
+            "shop:app", "--admin", f"127.0.0.1:{ports[1]}", "--token-file", str(other_token), cwd=code
+        ) as other,
+    ):
+        cookies = [
+            session(ports[0], TOKEN),
+            session(ports[1], "another-token-of-many-letters"),
+        ]
+        assert all(set(COOKIE_FLAGS) <= set(each.split("; ")) for each in cookies)
+        both = "; ".join(each.partition(";")[0] for each in cookies)
+        assert cookies[0].partition("=")[0] != cookies[1].partition("=")[0]
+        for port in ports:
+            assert ask_session(port, "GET", {"Cookie": both})[1]["act"]
+        forged = both[:-1] + ("0" if both[-1] != "0" else "1")
+        assert not ask_session(ports[1], "GET", {"Cookie": forged})[1]["act"]
+        one.stop()
+        other.stop()
+
+
+COOKIE_FLAGS = ("HttpOnly", "SameSite=Strict", "Path=/")
+
+
+def ask_session(port: int, method: str, headers: dict[str, str]) -> tuple[str, Any]:
+    """The cookie that is set, and what whoever asks may do."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    try:
+        connection.request(method, "/session", headers=headers)
+        answer = connection.getresponse()
+        return answer.headers.get("Set-Cookie", ""), json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def session(port: int, token: str) -> str:
+    """The cookie of who signs in."""
+    origin = {"Origin": f"http://127.0.0.1:{port}", "X-Segue-Page": "1"}
+    return ask_session(port, "POST", {"Authorization": f"Bearer {token}", **origin})[0]
 
 
 def focus(page: Page, condition: str) -> None:
@@ -163,6 +347,7 @@ def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_ma
         page.wait("document.querySelector('#generations tbody tr').cells[1].innerText === 'active'")
         master.wait_status(lambda document: [each["id"] for each in document["generations"]] == [2])
         before = timeline(master)
+        assert [fingerprint for _, fingerprint, _ in before] == [master.current()["fingerprint"]] * 2
         page.run("window.stillHere = true")
         done = master.command("upgrade")
         assert done.returncode == 0, done.stderr
@@ -175,6 +360,7 @@ def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_ma
         live(page)
         assert page.run("window.stillHere")
         assert timeline(master)[: len(before)] == before
+        page.wait(f"document.querySelector('#timeline').textContent.includes('{before[0][1]}')")
         assert "generation 3" in press(page, "[data-action=reload]")  # still signed in
         page.wait("document.querySelectorAll('#reloads tbody tr').length === 3")
         master.stop()
@@ -182,7 +368,7 @@ def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_ma
 
 def timeline(master: Segue) -> list[Any]:
     """Generations and the states that they have left."""
-    return [[each["id"], each["states"][:-1]] for each in master.status()["timeline"]]
+    return [[each["id"], each["fingerprint"], each["states"][:-1]] for each in master.status()["timeline"]]
 
 
 def test_services_are_swapped_from_the_page(tmp_path, token_file) -> None:
@@ -227,5 +413,7 @@ def test_without_a_token_file_it_is_read_only(application) -> None:
         live(page)
         page.wait("document.getElementById('steer-note').textContent.includes('--token-file')")
         assert page.run("document.getElementById('signin').hidden")
-        assert page.run("[...document.querySelectorAll('[data-action]')].every(button => button.disabled)")
+        assert page.run(
+            "[...document.querySelectorAll('[data-action]')].every(button => button.ariaDisabled === 'true')"
+        )
         master.stop()

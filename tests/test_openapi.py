@@ -13,11 +13,10 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
-from scenario import HOT, ROOT, TOKEN, Segue, environment, free_port, supervised
+from scenario import HOT, ROOT, TOKEN, Segue, environment, free_port, supervised, tcp_call
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import negative_data_rejection
-from test_control import tcp_call
 
 ENDING = ("stop", "upgrade")
 """What ends the master, or begins it anew."""

@@ -6,8 +6,9 @@ const OUTCOMES_KEPT = 8;
 const EVENTS_KEPT = 300;
 const RATE_OVER_MS = 10_000;
 const RETRY_MS = 1_000;
+const PATIENCE_MS = 60_000; // so long may a master be gone that follows on another
 const DEPLOYS = new Set(["reload", "stage", "promote", "discard", "rollback"]); // what is about a generation
-const TIMELINE = { row: 22, left: 54, right: 8, top: 6, axis: 20 };
+const TIMELINE = { row: 22, left: 54, code: 82, right: 8, top: 6, axis: 20, wide: 600 };
 const DRAWN = { booting: "booting", staged: "staged", activating: "staged", active: "active", draining: "draining", parked: "parked", failed: "failed" };
 
 const $ = (id) => document.getElementById(id);
@@ -125,6 +126,14 @@ function show(status) {
   showActions(status);
 }
 
+// What can't be done is greyed and does nothing. It keeps the focus, which whoever types would lose to nowhere otherwise.
+function allow(button, possible) {
+  if (possible) button.removeAttribute("aria-disabled");
+  else button.setAttribute("aria-disabled", "true");
+}
+
+const allowed = (button) => button.getAttribute("aria-disabled") !== "true";
+
 function tone(element, text, kind) {
   if (element.textContent !== text) element.textContent = text;
   element.dataset.tone = kind;
@@ -162,7 +171,8 @@ function showGenerations(status) {
 
 function codeOf(generation) {
   const { code, changes } = generation;
-  const words = [code?.title ?? generation.fingerprint ?? "", generation.app_dir ?? "", code?.python ? `Python ${code.python}` : ""];
+  const fingerprint = generation.fingerprint ? `fingerprint ${generation.fingerprint}` : "";
+  const words = [code?.title ?? fingerprint, code ? fingerprint : "", generation.app_dir ?? "", code?.python ? `Python ${code.python}` : ""];
   return [...words, changes ? `changed: ${changes.summary}` : ""].filter(Boolean);
 }
 
@@ -213,12 +223,14 @@ function showServices(status) {
 
 function swapForm(name) {
   const input = make("input", { placeholder: "key=value key=value", "aria-label": `Settings for the swap of ${name}`, autocomplete: "off" });
+  const button = make("button", { "data-needs": "", "aria-label": `Swap ${name}`, "aria-disabled": may.act ? null : "true" }, "Swap");
   const submit = (event) => {
     event.preventDefault();
+    if (!allowed(button)) return;
     const query = new URLSearchParams(input.value.split(/\s+/).filter(Boolean).map((pair) => [pair.split("=", 1)[0], pair.slice(pair.indexOf("=") + 1)]));
     ask(`Swap ${name}`, `reload/${encodeURIComponent(name)}`, query);
   };
-  return make("form", { onsubmit: submit }, input, make("button", { "data-needs": "" }, "Swap"));
+  return make("form", { onsubmit: submit }, input, button);
 }
 
 function showReloads(status) {
@@ -228,7 +240,7 @@ function showReloads(status) {
     return {
       key: String(reload.number),
       cells: [
-        reload.number,
+        `${reload.kind} ${reload.number}`,
         clock(reload.started),
         reload.asked_by,
         { sign: outcome, nodes: () => [make("span", { "data-tone": kind }, outcome === "ok" && reload.generation ? `generation ${reload.generation}` : outcome)] },
@@ -243,6 +255,7 @@ function showReloads(status) {
 function phasesOf(phases) {
   const entries = Object.entries(phases).filter(([, value]) => value > 0);
   const total = entries.reduce((sum, [, value]) => sum + value, 0);
+  const untilServing = total - (phases.drain ?? 0);
   const words = entries.map(([name, value]) => `${name} ${seconds(value)}`).join(", ");
   const bar = make("div", { class: "bar", title: words, "aria-hidden": "true" });
   for (const [, value] of entries) {
@@ -250,7 +263,7 @@ function phasesOf(phases) {
     part.style.width = `${(100 * value) / (total || 1)}%`;
     bar.append(part);
   }
-  return [make("div", {}, make("div", { title: words }, seconds(total)), bar, make("div", { class: "soft" }, words))];
+  return [make("div", {}, make("div", { title: words }, seconds(untilServing)), bar, make("div", { class: "soft" }, words))];
 }
 
 function reasonOf(reload) {
@@ -266,12 +279,13 @@ function showTimeline(status) {
   const now = Date.now() / 1000;
   const shown = history.slice(-10);
   const width = Math.max(280, svg.clientWidth || 800);
+  const left = TIMELINE.left + (width < TIMELINE.wide ? 0 : TIMELINE.code);
   const begin = Math.min(now - 30, ...shown.map((generation) => generation.states[0]?.since ?? now));
-  const scale = (width - TIMELINE.left - TIMELINE.right) / (now - begin);
+  const scale = (width - left - TIMELINE.right) / (now - begin);
   const height = TIMELINE.top + shown.length * TIMELINE.row + TIMELINE.axis;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const parts = [];
-  const x = (time) => TIMELINE.left + Math.max(0, time - begin) * scale;
+  const x = (time) => left + Math.max(0, time - begin) * scale;
   const step = niceStep((now - begin) / Math.max(2, Math.floor(width / 140)));
   for (let back = 0; back <= now - begin; back += step) {
     const at = x(now - back);
@@ -282,12 +296,14 @@ function showTimeline(status) {
   [...shown].reverse().forEach((generation, index) => {
     const y = TIMELINE.top + index * TIMELINE.row;
     parts.push(shape("text", { x: 0, y: y + TIMELINE.row / 2 }, `gen ${generation.id}`));
+    const code = generation.fingerprint ?? "";
+    if (left > TIMELINE.left) parts.push(shape("text", { class: "code", x: TIMELINE.left, y: y + TIMELINE.row / 2 }, code));
     generation.states.forEach((state, i) => {
       const drawn = DRAWN[state.state];
       if (!drawn) return;
       const from = x(state.since);
       const to = x(generation.states[i + 1]?.since ?? now);
-      const words = `generation ${generation.id}: ${state.state} at ${clock(state.since)} for ${seconds((generation.states[i + 1]?.since ?? now) - state.since)}`;
+      const words = `generation ${generation.id}${code && `, code ${code}`}: ${state.state} at ${clock(state.since)} for ${seconds((generation.states[i + 1]?.since ?? now) - state.since)}`;
       const rect = shape("rect", { "data-state": drawn, x: from, y: y + 4, width: Math.max(2, to - from), height: TIMELINE.row - 8 });
       rect.append(shape("title", {}, words));
       parts.push(rect);
@@ -312,7 +328,7 @@ function showActions(status) {
   const having = (state) => status.generations.some((generation) => generation.state === state);
   const current = status.generations.find((generation) => generation.current);
   $("workers-wanted").textContent = current ? current.workers_wanted : "?";
-  $("steer-note").textContent = may.act ? "" : may.token ? "Sign in with the token to steer." : "Read only: segue serves without --token-file.";
+  $("steer-note").textContent = may.act ? "" : may.token ? "Sign in with the token to steer, and to see events and what failed workers printed." : "Read only: segue serves without --token-file.";
   const possible = {
     promote: having("staged"),
     discard: having("staged") || having("booting"),
@@ -320,13 +336,16 @@ function showActions(status) {
     drain: !status.draining,
     undrain: status.draining,
   };
-  for (const button of document.querySelectorAll("[data-action]")) button.disabled = !may.act || possible[button.dataset.action] === false;
-  for (const button of document.querySelectorAll("[data-needs]")) button.disabled = !may.act;
+  for (const button of document.querySelectorAll("[data-action]")) {
+    const least = Number(button.dataset.delta) < 0 && current?.workers_wanted === 1;
+    allow(button, may.act && possible[button.dataset.action] !== false && !least);
+  }
+  for (const button of document.querySelectorAll("[data-needs]")) allow(button, may.act);
 }
 
 document.querySelector(".actions").addEventListener("click", (event) => {
   const button = event.target.closest("[data-action]");
-  if (!button) return;
+  if (!button || !allowed(button)) return;
   const { action, mode, delta } = button.dataset;
   const current = last?.generations.find((generation) => generation.current);
   switch (action) {
@@ -350,10 +369,17 @@ async function ask(title, path, query = new URLSearchParams()) {
     let answer = await fetch(`${HOT}/${path}?${query}`, { method: "POST", headers: FROM_HERE });
     let document = await answer.json();
     const where = answer.headers.get("Location")?.replace(/^\//, "");
+    let until = performance.now() + PATIENCE_MS;
     while (answer.ok && where && document.outcome === null) {
       say("warn", document.phase);
-      answer = await fetch(`${where}?wait=20&phase=${encodeURIComponent(document.phase)}`);
-      document = await answer.json();
+      try {
+        answer = await fetch(`${where}?wait=20&phase=${encodeURIComponent(document.phase)}`);
+        document = await answer.json();
+        until = performance.now() + PATIENCE_MS;
+      } catch (error) {
+        if (performance.now() > until) throw error;
+        await new Promise((done) => setTimeout(done, RETRY_MS));
+      }
     }
     if (!answer.ok) say("bad", `refused: ${document.detail}`, document.operation?.output);
     else if (document.outcome === "ok") say("good", DEPLOYS.has(document.kind) ? `done, generation ${document.generation}` : "done");
@@ -377,15 +403,28 @@ async function whoAmI() {
 
 $("signin").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const answer = await fetch("session", { method: "POST", headers: { ...FROM_HERE, Authorization: `Bearer ${$("token").value}` } });
-  $("token").value = "";
-  if (answer.ok) await whoAmI();
-  else $("steer-note").textContent = (await answer.json()).detail;
+  const note = $("signin-note");
+  note.textContent = "";
+  try {
+    const answer = await fetch("session", { method: "POST", headers: { ...FROM_HERE, Authorization: `Bearer ${$("token").value}` } });
+    $("token").value = "";
+    if (!answer.ok) {
+      note.textContent = (await answer.json()).detail;
+      return $("token").focus();
+    }
+    await whoAmI();
+    followStatus(); // who may act sees more
+    document.querySelector("[data-action=reload]").focus();
+  } catch (error) {
+    note.textContent = `no answer (${error.message})`;
+  }
 });
 
 $("signout").addEventListener("click", async () => {
   await fetch("session", { method: "DELETE", headers: FROM_HERE });
   await whoAmI();
+  followStatus();
+  $("token").focus();
 });
 
 // ------------------------------------------------------------------------------------------------------------------- live
@@ -411,7 +450,12 @@ function followStatus() {
 
 function followEvents() {
   $("events-note").textContent = may.act ? "" : "Shown to those who may steer: what happened may name what is private.";
-  if (!may.act || (eventStream && eventStream.readyState !== EventSource.CLOSED)) return;
+  if (!may.act) {
+    eventStream?.close();
+    eventStream = null;
+    return $("events").replaceChildren();
+  }
+  if (eventStream && eventStream.readyState !== EventSource.CLOSED) return;
   const after = $("events").lastElementChild?.dataset.id;
   eventStream = new EventSource(`${HOT}/events?last=100${after ? `&after=${after}` : ""}`);
   eventStream.addEventListener("message", (event) => addEvent(JSON.parse(event.data)));
