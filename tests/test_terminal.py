@@ -457,6 +457,14 @@ def test_colours_are_for_terminals(master: Segue) -> None:
         assert "active" in screen.raw
 
 
+def test_a_service_that_does_not_exist_is_refused_and_leaves_no_warning(master: Segue) -> None:
+    refused = master.command("reload", "nosuch")
+    assert refused.returncode == 1
+    assert "there is no service 'nosuch': this application declares none" in refused.stderr
+    told = [json.loads(line) for line in master.command("events", "--json").stdout.splitlines()]
+    assert [each["event"] for each in told if each["level"] in {"warning", "error"}] == ["swap"]
+
+
 def test_what_a_reload_took_does_not_grow_with_what_is_left_to_finish_in_the_old_generation(
     master: Segue,
 ) -> None:
