@@ -49,7 +49,15 @@ def json_line(seconds: float, level: str, logger: str, fields: Mapping[str, obje
     time = datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
     line: dict[str, object] = {"time": time, "level": level, "logger": logger}
     line |= {key: value for key, value in fields.items() if value is not None}
-    return msgspec.json.encode(line, enc_hook=str).decode()
+    try:
+        return msgspec.json.encode(line, enc_hook=str).decode()
+    except (UnicodeEncodeError, RecursionError):
+        return msgspec.json.encode({key: sayable(str(value)) for key, value in line.items()}).decode()
+
+
+def sayable(text: str) -> str:
+    """`text` as it can be written down: names of files may have bytes that are no UTF-8, which are lone surrogates in it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class _Line(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from segue.handoff.lines import sayable
 from segue.supervisor import fingerprint
 
 _DEADLINE_S = 2.0
@@ -84,7 +85,7 @@ def read(app_dir: str, python: str) -> Code:
     digests = fingerprint.files(app_dir)
     whole = sha256()
     for path, digest in digests.items():
-        whole.update(path.encode() + b"\0" + digest)
+        whole.update(os.fsencode(path) + b"\0" + digest)
     names = [name.removesuffix(".dist-info").rpartition("-") for name in fingerprint.distributions(python)]
     return Code(
         content=whole.hexdigest()[:12],
@@ -92,7 +93,7 @@ def read(app_dir: str, python: str) -> Code:
         # interned: the history keeps a hundred codes, and nearly all of them have the same installed
         distributions={intern(name.replace("_", "-").lower()): intern(version) for name, _, version in names},
         git=_git(app_dir),
-        files={path: digest.hex()[:12] for path, digest in digests.items()}
+        files={sayable(path): digest.hex()[:12] for path, digest in digests.items()}
         if len(digests) <= _FILES_COMPARED
         else {},
     )

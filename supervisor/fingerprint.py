@@ -28,10 +28,10 @@ def fingerprint(app_dir: str, python: str, settings: bytes) -> str:
     """
     digest = hashlib.sha256()
     for path, content in files(app_dir).items():
-        digest.update(path.encode() + b"\0" + content)
+        digest.update(os.fsencode(path) + b"\0" + content)
     for name in distributions(python):
-        digest.update(name.encode() + b"\n")
-    digest.update(app_dir.encode() + b"\0" + python.encode() + b"\0" + settings)
+        digest.update(os.fsencode(name) + b"\n")
+    digest.update(os.fsencode(app_dir) + b"\0" + os.fsencode(python) + b"\0" + settings)
     return digest.hexdigest()[:12]
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import msgspec
 
+from segue.handoff.lines import sayable
+
 KEPT = 500
 _MAX_OUTPUT_CHARS = 8 * 1024
 PING_S = 15.0
@@ -57,7 +59,7 @@ class Ring:
         """Keep one; the oldest goes."""
         self._count += 1
         number = (self._epoch, self._count)
-        output = str(fields.get("output") or "")[-_MAX_OUTPUT_CHARS:]
+        output = sayable(str(fields.get("output") or "")[-_MAX_OUTPUT_CHARS:])
         shown = {key: _plain(value) for key, value in fields.items() if key != "output" and value is not None}
         line = Event(write_number(number), round(time.time(), 3), level, event, shown, output)
         self._kept.append((number, msgspec.json.encode(line)))
@@ -141,4 +143,4 @@ def _server_sent(number: Number, line: bytes) -> bytes:
 def _plain(value: object) -> object:
     if isinstance(value, float):
         return round(value, 3)
-    return value if isinstance(value, (bool, int, str)) else str(value)
+    return value if isinstance(value, (bool, int)) else sayable(str(value))

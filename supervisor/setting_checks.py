@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from segue.handoff.lines import sayable
 from segue.handoff.messages import HOT
 from segue.supervisor import addresses
 from segue.supervisor.addresses import AddressError, absolute
@@ -62,6 +63,19 @@ def interpreter(given: Given, environ: Mapping[str, str], base_dir: str) -> str:
     if not os.path.isfile(path) or not os.access(path, os.X_OK, effective_ids=True):
         fail("python", python, given.source("python"), f"an interpreter, but there is none to run at {path}")
     return path
+
+
+def check_encoding(given: Given, base_dir: str) -> None:
+    """Everything is written down in a journal and told in JSON: names of files may have bytes that can't be."""
+    if sayable(base_dir) != base_dir:
+        raise SettingsError(
+            f"the working directory {sayable(base_dir)} has a name that is not UTF-8; rename it, or start from another "
+            "with --app-dir"
+        )
+    for key, found in given.values.items():
+        for text in found.value if isinstance(found.value, (tuple, list)) else (found.value,):
+            if isinstance(text, str) and sayable(text) != text:
+                fail(key, text, found.source, "text in UTF-8")
 
 
 def check_texts(given: Given) -> None:

@@ -133,6 +133,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], base_dir: str) ->
     Reads files: not for the event loop. Raises `SettingsError`.
     """
     given = collect(flags, environ, base_dir)
+    checks.check_encoding(given, base_dir)
     values = {setting.key: given.get(setting.key) for setting in TABLE}
     for setting in TABLE:
         if setting.kind in {Kind.FILE, Kind.DIRECTORY} and values[setting.key] is not None:

@@ -189,3 +189,18 @@ def test_the_code_is_known_after_an_upgrade_of_the_master(application) -> None:
         assert master.command("upgrade").returncode == 0
         master.wait_status(lambda status: status["master"]["epoch"] == 2)
         assert told(master)["code"] == before
+
+
+def test_a_file_whose_name_is_no_utf8_is_code_like_any_other(application) -> None:
+    where = application()
+    odd = os.path.join(os.fsencode(where), b"caf\xe9.py")
+    with open(odd, "w") as file:
+        file.write("x = 1\n")
+    with supervised("shop:app", cwd=where) as master:
+        before = told(master)
+        with open(odd, "w") as file:
+            file.write("x = 2\n")
+        assert "changed: modified: caf\\udce9.py" in master.reload().stdout
+        assert told(master)["fingerprint"] != before["fingerprint"]
+        assert master.command("upgrade").returncode == 0
+        assert master.status()["current"] == 2

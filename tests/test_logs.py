@@ -255,6 +255,18 @@ def test_a_line_of_json_is_never_cut(tmp_path) -> None:
     assert line["output"].endswith("the reason")
 
 
+def test_what_is_no_text_is_a_line_of_json_all_the_same(application) -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    for odd, shown in ((os.fsdecode(b"caf\xe9"), "caf\\udce9"), (itself, "[[...]]")):
+        line = json.loads(lines.json_line(0.0, "info", "shop", {"message": "saved", "name": odd}))
+        assert (line["message"], line["name"]) == ("saved", shown)
+    prelude = "import os; log.warning('saved %s', os.fsdecode(bytes([99, 0xE9])))"
+    with supervised("shop:app", "--log-format", "json", cwd=application(code=app(prelude=prelude))) as master:
+        [event] = [each for each in parsed(master.output.text) if each.get("logger") == "shop.orders"]
+        assert event["message"] == "saved c\\udce9"
+
+
 def test_text_for_people_is_found_in_lines_of_json() -> None:
     out = io.StringIO("printed\n")
     text = (

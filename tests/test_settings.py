@@ -918,3 +918,15 @@ def test_a_working_directory_that_is_gone_is_an_error(base: Path, monkeypatch: p
     (base / "gone").rmdir()
     with pytest.raises(SettingsError, match="working directory"):
         settings.logical_cwd({"PWD": str(base / "gone")})
+
+
+def test_names_that_are_no_utf8_are_refused_with_what_to_do(base: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    with pytest.raises(SettingsError, match=r"/caf\\udce9 has a name that is not UTF-8; rename it"):
+        settings.load({}, {}, str(base / odd))
+    assert "root-path = 'caf\\udce9' (flag --root-path): expected text in UTF-8" in refusal(
+        base, root_path=odd
+    )
+    assert "warm-up = 'caf\\udce9' (flag --warm-up): expected text in UTF-8" in refusal(
+        base, warm_up=("/up", odd)
+    )

@@ -144,6 +144,8 @@ def _configure(app: str, options: dict[str, Any]) -> Any:
     config = _explained(f"{culprit} can't be used", lambda: uvicorn.Config(app, **options))
     if log_config:
         logs.number_all()
+    else:
+        logs.dress_last_resort()
     _log_like_uvicorn()
     module = app.partition(":")[0]
     config.app = _explained(f"import of {module} failed", lambda: _import(app))

@@ -152,14 +152,18 @@ def configuration() -> dict[str, Any]:
     return config
 
 
+def dress_last_resort() -> None:
+    """Do the same with warnings and worse of loggers for which nobody has made a handler, those of an import included."""
+    if logging.lastResort is not None:
+        inner = logging.Formatter("%(levelname)s: %(name)s: %(message)s")
+        logging.lastResort.setFormatter(Formatter(_Prefixed(inner)))
+
+
 def dress_application() -> None:
     """Do the same with what the application logs by itself, where that goes to this process' output.
 
     After its import, so that its own `logging.basicConfig` isn't ignored. A formatter of a class of its own stays.
     """
-    if logging.lastResort is not None:  # warnings and worse of loggers for which nobody has made a handler
-        inner = logging.Formatter("%(levelname)s: %(name)s: %(message)s")
-        logging.lastResort.setFormatter(Formatter(_Prefixed(inner)))
     for handler in _handlers():
         stream = _name(handler)
         if stream is not None and type(handler.formatter) in {logging.Formatter, type(None)}:
