@@ -252,7 +252,11 @@ async def _read_request(
 def _request(head: h11.Request, peer: _Peer) -> Request:
     try:
         target = urllib.parse.urlsplit(head.target.decode("ascii"))
-        query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True, max_num_fields=MAX_FIELDS))
+        pairs = urllib.parse.parse_qsl(target.query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
+        query = dict(pairs)
+        if len(query) < len(pairs):
+            twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+            raise ValueError(f"?{twice}= is there more than once")
     except ValueError as error:
         raise h11.RemoteProtocolError(f"a target that can't be read: {error}") from error
     return Request(

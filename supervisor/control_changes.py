@@ -137,7 +137,7 @@ class Changes:
         return await self._ask(request, lambda by: self._master.requests.drain(by, None))
 
     async def _stop(self, request: Request) -> Response:
-        at_once = request.query.get("now", "0") not in {"0", "false", ""}
+        at_once = query.switch(request, "now")
         return await self._ask(request, lambda by: self._master.requests.stop(by, at_once))
 
     async def _upgrade(self, request: Request) -> Response:
@@ -180,7 +180,11 @@ class Changes:
 def _route(
     verb: str, handler: Handler, summary: str, parameters: tuple[Parameter, ...], refusals: tuple[int, ...]
 ) -> Route:
-    return Route("POST", f"{HOT}/{verb}", handler, summary, "operation", parameters, refusals=refusals)
+    async def handle(request: Request) -> Response:
+        query.nothing_else(request, parameters)  # what was meant by it must not be done otherwise
+        return await handler(request)
+
+    return Route("POST", f"{HOT}/{verb}", handle, summary, "operation", parameters, refusals=refusals)
 
 
 def _location(operation: Operation) -> dict[str, str]:

@@ -40,7 +40,11 @@ MODE = Parameter("mode", "What becomes of new work", {"type": "string", "enum": 
 WORKERS = Parameter(
     "workers", "How many", {"type": "integer", "minimum": 1, "maximum": MAX_WORKERS}, required=True
 )
-NOW = Parameter("now", "1: at once, cutting off what is in flight", {"type": "string"})
+NOW = Parameter(
+    "now",
+    "1: at once, cutting off what is in flight",
+    {"type": "string", "enum": ["0", "1", "false", "true"]},
+)
 MANNER = (
     Parameter("strategy", "How it takes over", {"type": "string", "enum": list(STRATEGIES)}),
     Parameter(
@@ -75,6 +79,22 @@ def number(request: Request, key: str, lowest: int = 0, highest: int = MAX_COUNT
     if value is None or not lowest <= value <= highest:
         raise ValueError(f"?{key}= takes a number from {lowest} to {highest}, not {text!r}")
     return value
+
+
+def switch(request: Request, key: str) -> bool:
+    """Whether something is wanted; it isn't if it is not there."""
+    text = request.query.get(key, "0")
+    if text not in {"0", "1", "false", "true"}:
+        raise ValueError(f"?{key}= takes 1 or 0, not {text!r}")
+    return text in {"1", "true"}
+
+
+def nothing_else(request: Request, parameters: tuple[Parameter, ...]) -> None:
+    """Refuse what is none of these: a mistake in writing must not do something else."""
+    known = [parameter.name for parameter in parameters]
+    for key in request.query:
+        if key not in known:
+            raise ValueError(f"there is no ?{key}= here; known: {', '.join(known)}")
 
 
 def digits(text: str) -> int | None:
