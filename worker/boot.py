@@ -117,6 +117,7 @@ def _run(
         spec.services,
         master_socket=spec.master_socket,
         generation=spec.generation,
+        worker=spec.worker,
     )
     enter(host)
     services = Hosted(host)

@@ -25,6 +25,7 @@ class Host:
     """Called when a registry begins to start; None: nobody activates it later, so it does so itself."""
     master_socket: str | None = None
     generation: int | None = None
+    worker: int | None = None
 
 
 _hosts: list[Host] = []

@@ -121,7 +121,14 @@ class HSPConnector:
         will = self._letters.encoded(self._advertisement("offline"))
         self._mailbox = self._letters.mailbox = mailbox
         self._holder = Holder(
-            self.settings, self._topics, self._known, mailbox, self._inbox, will, self._advertise
+            self.settings,
+            self._topics,
+            self._known,
+            mailbox,
+            self._inbox,
+            will,
+            self._advertise,
+            lambda: not self._active and not self._closed and self._heir is None,
         )
         beside = must or (self._previous is None and await connected_elsewhere())
         try:
@@ -337,6 +344,8 @@ class HSPConnector:
         self._spawn(self._after_connecting())
 
     async def _after_connecting(self) -> None:
+        if self._holder is not None:
+            self._holder.recruiting.present()
         await self._letters.outbox.flush()
         await self._letters.resume()
         if self._active and self._holder is not None:
@@ -379,7 +388,11 @@ class HSPConnector:
         self._letters.requests.resolve(result)
 
     def _heard(self, advertisement: Advertisement) -> None:
-        self.learning.peers.heard(advertisement)
+        if advertisement.ai_id != self.ai_id:
+            self.learning.peers.heard(advertisement)
+        elif advertisement.availability_status == "offline" and self._active:
+            # the broker says so of a connection that a process had which has died
+            self._advertise_soon()
 
     def _answered(self, ai_id: str, ok: bool, seconds: float) -> None:
         self.learning.peers.answered(ai_id, ok, seconds)

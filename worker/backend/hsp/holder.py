@@ -14,9 +14,10 @@ from typing import Any
 
 from segue.worker.backend.hsp.barrier import Probe, cut, rehearse
 from segue.worker.backend.hsp.continuity import Continuity
-from segue.worker.backend.hsp.errors import LinkError
+from segue.worker.backend.hsp.errors import BarrierError, LinkError
 from segue.worker.backend.hsp.inbox import Inbox
 from segue.worker.backend.hsp.mailbox import Mailbox
+from segue.worker.backend.hsp.recruiting import Recruiting
 from segue.worker.backend.hsp.scout import rights, send_probes
 from segue.worker.backend.hsp.sessions import Sessions
 from segue.worker.backend.hsp.settings import HSPSettings
@@ -25,8 +26,6 @@ from segue.worker.backend.hsp.topics import Topics
 from segue.worker.backend.hsp.trial import Trial, Witness
 
 _log = logging.getLogger("segue.hsp")
-
-_RESERVE_TRIES = 5
 
 
 class Holder:
@@ -41,8 +40,11 @@ class Holder:
         inbox: Inbox,
         will: bytes,
         announce: Callable[[], Awaitable[None]],
+        stands_by: Callable[[], bool],
     ) -> None:
-        """`will` is what the broker is to say when the connection is lost; `announce` says that the agent is there."""
+        """`will` is what the broker is to say when the connection is lost; `announce` says that the agent is there;
+        `stands_by` tells whether the connector could come to hold it.
+        """
         self.settings = settings
         self.topics = topics
         self.mailbox = mailbox
@@ -72,6 +74,11 @@ class Holder:
         self._sessions = Sessions(
             settings, topics, known.leaving, inbox.receive, known.begun, will, self._witness.overhear
         )
+        self.recruiting = Recruiting(
+            settings, topics, mailbox, self._sessions, lambda: self.prepared is None and stands_by()
+        )
+        self._untidy = False
+        """Whether somebody who was recruited may have left a session that isn't needed."""
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -101,19 +108,8 @@ class Holder:
         """
         if self.mailbox.seat is not None:
             return
-        session, tries = self._sessions.names[0], _RESERVE_TRIES
-        while self._reserved is None:
-            subscription = self._sessions.make(session, Mode.STOP)
-            try:
-                await self._sessions.open(subscription, fresh=False)
-            except LinkError:  # perhaps another worker of the generation does the same
-                tries -= 1
-                if tries == 0:
-                    raise
-                await asyncio.sleep(self.settings.reconnect_first_s)
-            else:
-                await subscription.leave()
-                self._reserved = session
+        if self._reserved is None:
+            self._reserved = await self._sessions.reserve()
 
     async def prepare_beside(self, old: Holder) -> None:
         """Make a subscription that can take the place of `old`'s, if it has one. Raises `LinkError`."""
@@ -157,6 +153,9 @@ class Holder:
         self._wanted = True
         self._seated = time.time()  # whoever had the seat until now has left it
         prepared, self.prepared = self.prepared, None
+        if prepared is None and (prepared := await self.recruiting.here.take_up()) is not None:
+            self.lined_up, self._untidy = True, False
+            _log.info("event=hsp-recruited session=%s kept=%d", prepared.session, prepared.kept)
         if prepared is not None and self.lined_up and prepared.alive:
             self._known.counts.swaps += 1
             self._have(prepared)
@@ -188,9 +187,10 @@ class Holder:
             self._known.counts.gaps += 1
             self._known.problem(session, "the broker has not kept the session: messages may be lost")
         self._have(subscription)
-        if seat is None or seat.holder != self.topics.instance:
+        if seat is None or seat.holder != self.topics.instance or self._untidy:
             # a process may have died in the middle of a swap
             self._sessions.forget(self._sessions.other(session))
+            self._untidy = False
         await self.appear()
 
     def _where(self) -> tuple[str, tuple[str, ...]]:
@@ -261,11 +261,41 @@ class Holder:
         if subscription is None:
             return
         try:
-            if heir is None or not await self._hand_over(subscription, heir):
-                await self._step_down(subscription, drain=heir is None)
+            if heir is None:
+                if not await self._recruit(subscription):
+                    await self._step_down(subscription, drain=subscription.mode is Mode.RUN)
+            elif not await self._hand_over(subscription, heir):
+                await self._step_down(subscription, drain=False)
         except BaseException:
             self.subscription = subscription  # `close` leaves it
             raise
+
+    async def _recruit(self, old: Subscription) -> bool:
+        """Have a connector of another process go on after the same message, if one stands by. False if that can't be."""
+        seat, mailbox = self.mailbox.seat, self.mailbox
+        if self.settings.shared_group or not old.alive or not mailbox.connected or seat is None:
+            return False
+        if (seat.holder, seat.session) != (self.topics.instance, old.session):
+            return False
+        try:
+            successor = await self.recruiting.recruit(old)
+            if successor is None:
+                return False
+            self._untidy = True
+            await old.stop()
+            if old.unfinished:  # should it not come to its end here, the old session has it
+                raise BarrierError(f"{old.unfinished} messages are still being worked on")
+            leaving = asyncio.ensure_future(old.leave())
+            try:
+                await mailbox.give_seat(*successor)
+            finally:
+                await asyncio.wait({leaving})
+        except LinkError as error:
+            self._untidy = True
+            _log.warning("event=hsp-no-cut reason=%s", error)
+            self.recruiting.dismiss()
+            return False
+        return True
 
     async def _step_down(self, subscription: Subscription, *, drain: bool) -> None:
         """Leave the session to whoever comes next; with `drain` not before all is handled that is in it now: the next one
@@ -321,6 +351,7 @@ class Holder:
 
     async def skip(self, heir: Holder) -> None:
         """It was replaced before it came to hold anything: what waits for it, `heir` goes on with."""
+        await self.recruiting.here.let_go()
         prepared, self.prepared = self.prepared, None
         if prepared is None:
             return
@@ -361,6 +392,7 @@ class Holder:
 
     async def close(self, old: Holder | None) -> None:
         """The end; `old` goes on if this one was never used."""
+        await self.recruiting.close()
         await self._let_go()
         prepared, self.prepared = self.prepared, None
         if prepared is not None and self.lined_up:  # whoever comes next finds it by its seat

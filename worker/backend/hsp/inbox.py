@@ -41,7 +41,7 @@ class Inbox:
         acknowledged: Callable[[str], object],
         resolved: Callable[[TaskResult], object],
     ) -> None:
-        """`heard` is told of other agents, `acknowledged` and `resolved` of what this one has waited for."""
+        """`heard` is told what agents say of themselves, `acknowledged` and `resolved` of what this one has waited for."""
         self._settings = settings
         self._topics = topics
         self._known = known
@@ -122,8 +122,7 @@ class Inbox:
 
     async def _handle(self, message: Envelope, payload: Any) -> Coroutine[Any, Any, None] | None:
         if isinstance(payload, Advertisement):
-            if payload.ai_id != self._topics.ai_id:
-                self._heard(payload)
+            self._heard(payload)
         elif isinstance(payload, Acknowledgement):
             self._acknowledged(payload.target_message_id)
         elif isinstance(payload, TaskResult):

@@ -1,13 +1,12 @@
 """A worker's own connection to the broker: what it publishes goes out here, and answers to it come in.
 
 Nothing of it is kept by the broker: who waits for an answer does so in this process. It also hears what all agents
-advertise, which is retained, and where the agent's subscription is (`Seat`).
+advertise, which is retained, where the agent's subscription is (`Seat`), and what its connectors tell each other.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -55,6 +54,10 @@ class Mailbox:
         self.reason: str | None = "it has not connected yet"
         """Why it isn't connected."""
         self.connections = 0
+        self.overhear: Callable[[bytes], None] | None = None
+        """Told what is said on the marker topic."""
+        self.seat_passed: Callable[[], None] | None = None
+        """Called when somebody else holds the subscription than before."""
         self._settings = settings
         self._topics = topics
         self._receive = receive
@@ -151,21 +154,37 @@ class Mailbox:
 
     async def take_seat(self, session: str, filters: tuple[str, ...]) -> float:
         """Let all know where the subscription is; since when, in seconds since the epoch. Raises `LinkError`."""
-        seat = Seat(session, self._topics.instance, filters, time.time(), answers=True)
+        self.seat = await self.give_seat(self._topics.instance, session, filters)
+        return self.seat.since
+
+    async def give_seat(self, holder: str, session: str, filters: tuple[str, ...]) -> Seat:
+        """Let all know who goes on with the subscription, and where. Raises `LinkError`."""
+        seat = Seat(session, holder, filters, time.time(), answers=True)
         await self.publish(self._topics.seat, msgspec.json.encode(seat), retain=True)
-        self.seat = seat
-        return seat.since
+        return seat
 
     async def _take(self, message: Message) -> None:
         topic, payload = message.topic.value, bytes(message.payload)
         if topic == self._topics.seat:
-            with contextlib.suppress(msgspec.MsgspecError):
-                self.seat = msgspec.json.decode(payload, type=Seat)
+            self._hear_of_seat(payload)
+        elif topic == self._topics.marker:
+            if self.overhear is not None:
+                self.overhear(payload)
         elif topic == self._topics.hello:
             if payload == self._greeting:
                 self._greeted.set()
         else:
             await self._receive(topic, payload, bool(message.retain))
+
+    def _hear_of_seat(self, payload: bytes) -> None:
+        try:
+            seat = msgspec.json.decode(payload, type=Seat)
+        except msgspec.MsgspecError:
+            return
+        before, self.seat = self.seat, seat
+        passed = before is None or before.holder != seat.holder
+        if passed and self.up.is_set() and self.seat_passed is not None:
+            self.seat_passed()
 
     async def close(self) -> None:
         """Disconnect for good."""

@@ -5,6 +5,7 @@ Of the two one is in use, so there is never one that nobody knows of.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from segue.worker.backend.hsp.link import Link
 from segue.worker.backend.hsp.settings import HSPSettings
 from segue.worker.backend.hsp.subscription import Mode, Subscription, Take
 from segue.worker.backend.hsp.topics import Topics
+
+_RESERVE_TRIES = 5
 
 
 class Sessions:
@@ -61,10 +64,28 @@ class Sessions:
             overhear=self._overhear,
         )
 
-    async def open(self, subscription: Subscription, *, fresh: bool, known: tuple[str, ...] = ()) -> None:
+    async def open(
+        self, subscription: Subscription, *, fresh: bool, known: tuple[str, ...] = (), spare: bool = False
+    ) -> None:
         """`Subscription.open`, once what is under way with its session in this process is done. Raises `LinkError`."""
         await self.gone(subscription.session)
-        await subscription.open(fresh=fresh, known=known)
+        await subscription.open(fresh=fresh, known=known, spare=spare)
+
+    async def reserve(self) -> str:
+        """Have the broker keep from here on what comes, in the first of them; returns its name. Raises `LinkError`."""
+        tries = _RESERVE_TRIES
+        while True:
+            subscription = self.make(self.names[0], Mode.STOP)
+            try:
+                await self.open(subscription, fresh=False)
+            except LinkError:  # perhaps another worker of the generation does the same
+                tries -= 1
+                if tries == 0:
+                    raise
+                await asyncio.sleep(self._settings.reconnect_first_s)
+            else:
+                await subscription.leave()
+                return subscription.session
 
     async def gone(self, session: str) -> None:
         """Wait until what is under way with it in this process is done."""
@@ -73,6 +94,10 @@ class Sessions:
     def end(self, subscription: Subscription) -> None:
         """Have the broker drop a session, beside; what was in it has been seen to."""
         self._leaving.begin(self._name(subscription.session), subscription.end())
+
+    def leave(self, subscription: Subscription) -> None:
+        """Disconnect from a session, beside; it stays."""
+        self._leaving.begin(self._name(subscription.session), subscription.leave())
 
     def forget(self, session: str) -> None:
         """Have the broker drop, beside, what somebody else has left of a session that isn't in use."""

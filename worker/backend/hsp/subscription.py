@@ -9,15 +9,16 @@ process or another, after a graceful end or a `kill -9`, goes on with the first 
   the swap is refused; the old one never noticed. After the commit a second token is *the cut*: the old one handles all
   before it, the new one all after; then the seat moves, and the old session goes. Until the cut nothing is held, so
   waiting for the other workers costs nothing, and giving up is closing the new one.
-- Between processes, and wherever the cut fails, the old one stops between two messages, lets the broker read its last
-  acknowledgement, and leaves with DISCONNECT; the next one resumes the session with its id. What it would subscribe to is
-  tried out before (`trial`). If it is another agent, or at another broker, its session is made when it starts, the old one
-  handles all that has come until it leaves, and the next one knows what it has handled (`records`).
+- Between processes the one that leaves lines one of the next generation up in the same way (`recruiting`). What that one
+  would subscribe to was tried out when it started (`trial`).
+- Wherever there is no cut, since nobody stands by, it fails or a process dies, the old one stops between two messages, lets the
+  broker read its last acknowledgement, and leaves with DISCONNECT; the next one resumes the session that the seat names.
+- If the next one is another agent, or at another broker, its session is made when it starts, the old one handles all that has
+  come until it leaves, and the next one knows what it has handled (`records`).
 
-Rejected: a barrier between processes (all standbys would hear everything, or be recruited while the clock runs, and after a
-crash there is nobody to send the token; the session is needed anyway); holding back from the rehearsal until the commit (as
-long as the slowest worker takes); handing what is held to the successor by publishing it again (order); one fixed
-session also in a process (settings that don't work would be found out after the old one has left).
+Rejected: holding back from the rehearsal until the commit (as long as the slowest worker takes); handing what is held to the
+successor by publishing it again (order); one fixed session (settings that don't work would be found out after the old one
+has left, and nobody could begin before that).
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ class Subscription:
         self._unfinished = Unfinished(begun, self._acknowledge)
         self._idle = asyncio.Event()
         self._idle.set()
+        self._waited = False
+        """Whether it was given time to bring to an end what was begun."""
         self._will = will
         self._link = self._new_link()
         self.resumed = False
@@ -125,6 +128,16 @@ class Subscription:
         return self._link.alive
 
     @property
+    def kept(self) -> int:
+        """How many messages it keeps."""
+        return len(self._kept)
+
+    @property
+    def unfinished(self) -> int:
+        """How many messages are being worked on."""
+        return len(self._unfinished) + (not self._idle.is_set())
+
+    @property
     def lost(self) -> asyncio.Event:
         """Set when the connection is gone."""
         return self._link.lost
@@ -134,13 +147,15 @@ class Subscription:
         """Why it is gone."""
         return self._link.reason
 
-    async def open(self, *, fresh: bool, known: Sequence[str] = ()) -> None:
+    async def open(self, *, fresh: bool, known: Sequence[str] = (), spare: bool = False) -> None:
         """Connect and subscribe. `known`: what the session is said to be subscribed to, if the broker has kept it.
 
-        Raises `LinkError`.
+        If there is one that should be `fresh` it is ended first, or, to `spare` it, left as it is. Raises `LinkError`.
         """
         try:
             self.resumed = await self._link.open()
+            if fresh and self.resumed and spare:
+                raise LinkError(f"broker {self._settings.broker} has a session {self.session} already")
             if fresh and self.resumed:
                 await self._begin_anew()
             wanted = self.filters
@@ -155,7 +170,7 @@ class Subscription:
                 await self._link.unsubscribe(gone)
         except BaseException:
             self.mode = Mode.STOP
-            await self._link.close(keep=not fresh)
+            await self._link.close(keep=spare or not fresh)
             raise
 
     async def _begin_anew(self) -> None:
@@ -284,9 +299,11 @@ class Subscription:
         await self._unfinished.write_down()
 
     async def stop(self) -> None:
-        """Begin nothing more, and wait for all that was begun, `drain_timeout_s` at most."""
+        """Begin nothing more, and wait for all that was begun, `drain_timeout_s` at most, once."""
         self.mode = Mode.STOP
-        await self._drained(self._at_rest())
+        if not self._waited:
+            self._waited = True
+            await self._drained(self._at_rest())
 
     async def _drained(self, done: Coroutine[Any, Any, None]) -> None:
         try:

@@ -71,7 +71,7 @@ class Topics:
 
     @property
     def marker(self) -> str:
-        """Where the tokens go at which two connections of a swap line up."""
+        """Where the tokens go at which two connections of a swap line up, and what connectors of the agent tell each other."""
         return f"{self.prefix}/_swap/{self.ai_id}/marker"
 
     @property
@@ -87,7 +87,8 @@ class Topics:
     @property
     def private(self) -> tuple[str, ...]:
         """What a mailbox subscribes to. The greeting is last: what is retained comes before it."""
-        return (self.advertisements, self.results, self.acknowledgements, self.seat, self.hello)
+        own = self.advertisements, self.results, self.acknowledgements
+        return (*own, self.seat, self.marker, self.hello)
 
     @property
     def stream(self) -> tuple[str, ...]:
