@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -24,6 +25,8 @@ NOTIFY_RELOAD_SINCE = 253
 """The first version of systemd that has it."""
 TEMPLATE_NAME = "%i"
 _STOP_SLACK_S = 30
+_ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}|[0-9]{1,10}")
+"""A user or a group, as systemd takes it: by name or by number."""
 
 
 class UnitError(Exception):
@@ -38,6 +41,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...] = ()
     """Of ``segue serve``: the application and its options."""
     user: str
+    group: str | None = None
+    """Whose members may control it."""
     directory: str
     name: str = "default"
     """The instance's; `TEMPLATE_NAME` in a template."""
@@ -103,6 +108,11 @@ def here(
 ) -> tuple[Place, list[str]]:
     """A unit for what lies here, and what its user should know. Raises `SettingsError` and `UnitError`."""
     base_dir = config.logical_cwd(environ)
+    if template and flags.get("name"):
+        raise UnitError("a template has no name of its own: each instance is called by what follows 'segue@'")
+    user = _user() if user is None else user
+    if _ACCOUNT.fullmatch(user) is None:
+        raise UnitError(f"user = {user!r} (flag --user): expected the name or the number of a user")
     loaded = {key: value for key, value in flags.items() if not (template and key in {"config", "name"})}
     effective = config.load(loaded, environ, base_dir)
     settings = effective.settings
@@ -115,7 +125,8 @@ def here(
     found = Place(
         command=_command(),
         arguments=arguments,
-        user=user or _user(),
+        user=user,
+        group=settings.control_group,
         directory=base_dir,
         name=TEMPLATE_NAME if template else settings.name,
         runtime_dir=settings.runtime_dir and os.path.abspath(settings.runtime_dir),
@@ -154,13 +165,25 @@ def _notes(found: Place, effective: config.Effective) -> list[str]:
     ]
     if seen:
         notes.append(f"set in this environment, and not in the unit's: {', '.join(seen)}")
-    try:
-        pwd.getpwnam(found.user)
-    except KeyError:
+    if not _is_known(found.user, pwd.getpwnam, pwd.getpwuid):
         notes.append(f"there is no user {found.user}: sudo useradd --system {found.user}")
+    if found.group and not _is_known(found.group, grp.getgrnam, grp.getgrgid):
+        notes.append(f"there is no group {found.group}: sudo groupadd {found.group}")
+    if "--ssl-keyfile-password" in found.arguments:
+        notes.append(
+            "everybody can read the unit, and the key's password in it: put it into the settings file"
+        )
     if any(path.startswith("/root/") for path in found.paths) and found.user != "root":
         notes.append(f"user {found.user} can't read what is in /root: move it, for example to /srv")
     return notes
+
+
+def _is_known(account: str, by_name: Callable[[str], object], by_number: Callable[[int], object]) -> bool:
+    try:
+        by_number(int(account)) if account.isdigit() else by_name(account)
+    except (KeyError, OverflowError):
+        return False
+    return True
 
 
 def _arguments(

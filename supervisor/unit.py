@@ -46,15 +46,20 @@ def service(place: Place) -> str:
                 name=place.name.replace("%", "%%") if not place.is_template else place.name,
             ),
             user=place.user,
+            group=_GROUP.format(group=place.group) if place.group else "",
             directory=place.directory.replace("%", "%%"),
             start=start,
             hook=f"{segue} stop --unit %n{runtime}",
-            directories=_DIRECTORIES.format(base=place.base) if not place.runtime_dir else "",
+            directories=_directories(place),
             start_timeout=place.start_timeout_s,
             stop_timeout=place.stop_timeout_s,
         ),
         _HARDENING.format(
-            home=_home(place), tmp=_tmp(place), writable=_writable(place), privileges=_privileges(place)
+            home=_home(place),
+            tmp=_tmp(place),
+            writable=_writable(place),
+            privileges=_privileges(place),
+            calls="# Its socket is given to the group.\nSystemCallFilter=@chown\n" if place.group else "",
         ),
         "[Install]\nWantedBy=multi-user.target\n",
     ]
@@ -108,7 +113,7 @@ _SERVICE = """[Service]
 {type}
 NotifyAccess=main
 User={user}
-# May be a symbolic link to the release that is to run (current -> releases/42): each reload resolves it anew. systemd
+{group}# May be a symbolic link to the release that is to run (current -> releases/42): each reload resolves it anew. systemd
 # tells a process only where it leads to, hence PWD.
 WorkingDirectory={directory}
 Environment="PWD={directory}"
@@ -137,14 +142,26 @@ OOMPolicy=continue
 LimitNOFILE=65536
 """
 
+_GROUP = """# Its members may control the instance.
+SupplementaryGroups={group}
+"""
+
 _DIRECTORIES = """# Sockets and journal of the instance. Kept, since the next master finds the workers by them.
 RuntimeDirectory={base}
-RuntimeDirectoryMode=0700
+RuntimeDirectoryMode={mode}
 RuntimeDirectoryPreserve=yes
 # $STATE_DIRECTORY: what must last, such as the built-in application's memory. All else is read-only.
 StateDirectory={base}
 StateDirectoryMode=0700
 """
+
+
+def _directories(place: Place) -> str:
+    if place.runtime_dir:
+        return ""
+    # the instance's own directory in it is for the group alone
+    return _DIRECTORIES.format(base=place.base, mode="0755" if place.group else "0700")
+
 
 _HARDENING = """# What neither segue nor an ordinary application needs. An application that does: put the opposite into a drop-in
 # (systemctl edit), for example ReadWritePaths=/srv/uploads or PrivateDevices=no for a GPU.
@@ -175,7 +192,7 @@ RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged
-SystemCallErrorNumber=EPERM
+{calls}SystemCallErrorNumber=EPERM
 # Not set: MemoryDenyWriteExecute=, since compilers at run time (numba, torch, cffi's callbacks) need such memory;
 # ProcSubset=pid, since psutil and the sizing of thread pools read /proc/stat and /proc/meminfo; IPAddressDeny=, since
 # who may connect is for the address and the firewall to say; RemoveIPC=, which takes the shared memory of workers away

@@ -328,6 +328,22 @@ def test_after_a_change_of_name_no_worker_of_the_old_one_is_left(machine: Machin
     assert not set(machine.processes()) & set(workers)
 
 
+def test_members_of_the_control_group_control_the_instance(machine: Machine, service: Service) -> None:
+    machine.install(
+        UNIT,
+        machine.unit("shop:app", "--control-group", "games", "--no-access-log", cwd=service.directory),
+    )
+    started(service)
+    stranger = ("setpriv", "--reuid=nobody", "--regid=nogroup")
+    service.write("2")
+    done = machine.run(*stranger, "--groups=games", machine.segue, "reload")
+    assert "generation 2 serves" in done.stdout
+    assert service.get() == "2"
+    done = machine.run(*stranger, "--clear-groups", machine.segue, "reload", check=False)
+    assert done.returncode == 5
+    assert "permission denied" in done.stderr
+
+
 def test_a_release_is_deployed_by_a_link_and_a_reload(machine: Machine, service: Service) -> None:
     """The unit's working directory is a symbolic link, looked up anew by each reload, restart and upgrade."""
     place = service.directory.parent
@@ -431,7 +447,15 @@ def test_one_instance_for_each_configuration(machine: Machine, service: Service)
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("--template",), ("--name", "shop"), ("--bind", ":80"), ("--type", "notify")]
+    "arguments",
+    [
+        (),
+        ("--template",),
+        ("--name", "shop"),
+        ("--bind", ":80"),
+        ("--type", "notify"),
+        ("--control-group", "games"),
+    ],
 )
 def test_printed_units_are_valid_and_hardened(
     machine: Machine, service: Service, new: bool, arguments: tuple[str, ...]

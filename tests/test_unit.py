@@ -105,7 +105,29 @@ def test_what_will_not_work_is_said(tmp_path) -> None:
     assert segue("unit", "shop:app", "--workers", "0", cwd=tmp_path).returncode == 2
 
 
+@pytest.mark.parametrize("user", ["no such", "me\nExecStart=/bin/sh", "", "%i", "-x"])
+def test_what_is_no_user_gets_into_no_unit(tmp_path, user) -> None:
+    done = segue("unit", "shop:app", f"--user={user}", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected the name or the number of a user" in done.stderr
+
+
+def test_users_and_groups_may_be_numbers(tmp_path) -> None:
+    done = segue("unit", "shop:app", "--user", "0", "--control-group", "0", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "there is no" not in done.stderr
+    done = segue("unit", "shop:app", "--user", "0", "--control-group", "no-such-group", cwd=tmp_path)
+    assert "there is no group no-such-group" in done.stderr
+
+
+def test_a_secret_in_the_unit_is_told_of(tmp_path) -> None:
+    (tmp_path / "key.pem").touch()
+    tls = ("--ssl-keyfile", "key.pem", "--ssl-certfile", "key.pem", "--ssl-keyfile-password", "secret")
+    assert "the key's password" in segue("unit", "shop:app", *tls, cwd=tmp_path).stderr
+
+
 def test_a_template_is_for_any_name(tmp_path) -> None:
+    assert segue("unit", "--template", "shop:app", "--name", "x", cwd=tmp_path).returncode == 2
     text = printed("--template", "shop:app", cwd=tmp_path)
     assert "--config /etc/segue/%i.toml --name %i" in line(text, "ExecStart")
     assert line(text, "RuntimeDirectory") == "segue-%i"
