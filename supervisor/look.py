@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +23,9 @@ from segue.supervisor.terminal import colour_of, coloured, seconds_of
 _RELOADS = 5
 _EVENTS = 6
 _MIB = 2**20
+_WIDE = 120
+"""From so many columns on there is room for how slow workers are."""
+_LATENCY_OVER_S = 10.0
 _LEVELS = {"warning": "yellow", "error": "red", "critical": "red"}
 
 
@@ -35,6 +40,8 @@ class Look:
         """Why nothing can be seen now."""
         self.endpoints: frozenset[str] = frozenset()
         self._before: dict[tuple[int, int], tuple[float, int]] = {}
+        self._latency: dict[int, deque[tuple[float, list[int]]]] = {}
+        """By pid: how many responses had taken how long, in the last seconds."""
 
     def take(self) -> None:
         """Look again."""
@@ -64,23 +71,57 @@ class Look:
                         rate = (worker["requests_total"] - total) / max(now - then, 1e-6)
                         worker["requests_per_second"] = round(max(0.0, rate), 1)
         self._before = counted
+        self._measure(document, now)
+
+    def _measure(self, document: dict[str, Any], now: float) -> None:
+        workers = [worker for generation in document["generations"] for worker in generation["workers"]]
+        seen = {worker["pid"]: worker for worker in workers if worker.get("latency")}
+        self._latency = {pid: self._latency.get(pid, deque()) for pid in seen}
+        for pid, worker in seen.items():
+            kept = self._latency[pid]
+            kept.append((now, worker["latency"]))
+            while len(kept) > 2 and now - kept[0][0] > _LATENCY_OVER_S:
+                kept.popleft()
+            counts = [late - early for late, early in zip(worker["latency"], kept[0][1], strict=False)]
+            for name, part in (("p50", 0.5), ("p99", 0.99)):
+                worker[name] = _quantile(counts, document["latency_bounds_s"], part)
 
 
-def draw(look: Look, keys: Sequence[str] = (), message: str = "") -> RenderableType:
-    """The whole picture; `keys` say what can be pressed, `message` what became of the last."""
-    document = look.document
-    if document is None:
-        return Text(look.gone or "looking …", style="red" if look.gone else "")
-    parts: list[RenderableType] = [_head(document, look.gone), Text(), _workers(document)]
-    if document["services"]:
-        parts += [Text(), _services(document)]
-    if document["reloads"]:
-        parts += [Text(), _reloads(document)]
-    if look.events:
-        parts += [Text(), *(_event(event) for event in look.events)]
-    if keys:
-        parts += [Text(), Text("   ".join(keys), style="dim"), Text(message, style="bold")]
-    return Group(*parts)
+class Picture:
+    """The whole of it; `keys` say what can be pressed, `message` what became of the last.
+
+    Where there is not enough room for everything, keys and message stay: a question must be seen before it is answered.
+    """
+
+    def __init__(self, look: Look, keys: Sequence[str] = (), message: str = "") -> None:
+        self._look, self._keys, self._message = look, keys, message
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Line by line."""
+        body = console.render_lines(self._body(options.max_width), options, pad=False)
+        foot: list[list[Segment]] = []
+        if self._keys:
+            foot = console.render_lines(self._foot(), options, pad=False)[: max(1, console.height - 1)]
+            body = body[: console.height - len(foot)]
+        for line in [*body, *foot]:
+            yield from line
+            yield Segment.line()
+
+    def _body(self, width: int) -> RenderableType:
+        look, document = self._look, self._look.document
+        if document is None:
+            return Text(look.gone or "looking …", style="red" if look.gone else "")
+        parts: list[RenderableType] = [_head(document, look.gone), Text(), _workers(document, width)]
+        if document["services"]:
+            parts += [Text(), _services(document)]
+        if document["reloads"]:
+            parts += [Text(), _reloads(document)]
+        if look.events:
+            parts += [Text(), *(_event(event) for event in look.events)]
+        return Group(*parts)
+
+    def _foot(self) -> RenderableType:
+        return Group(Text(), Text(self._message, style="bold"), Text("   ".join(self._keys), style="dim"))
 
 
 def _head(document: dict[str, Any], gone: str) -> Text:
@@ -106,12 +147,14 @@ def _head(document: dict[str, Any], gone: str) -> Text:
     return text
 
 
-def _workers(document: dict[str, Any]) -> Table:
+def _workers(document: dict[str, Any], width: int) -> Table:
+    wide = width >= _WIDE
     table = _table("GEN", "STATE", "AGE")
     table.add_column("CODE", overflow="ellipsis")  # on a narrow terminal it gives way first
     for head in ("WORKER", "PID", "STATE"):
         table.add_column(head, no_wrap=True)
-    for head in ("CONNS", "BUSY", "REQ/S", "CPU", "MEMORY"):
+    slow = ("P50", "P99", "LAG") if wide else ()
+    for head in ("CONNS", "BUSY", "REQ/S", *slow, "CPU", "MEMORY"):
         table.add_column(head, justify="right", no_wrap=True)
     for generation in document["generations"]:
         state = generation["state"] + (" (short)" if generation["workers_missing"] else "")
@@ -124,6 +167,8 @@ def _workers(document: dict[str, Any]) -> Table:
         for worker in generation["workers"] or [{}]:
             rate = worker.get("requests_per_second")
             cpu = worker.get("cpu_percent")
+            lag = worker.get("loop_lag_s")
+            slowness = (worker.get("p50", "-"), worker.get("p99", "-"), "-" if lag is None else _short(lag))
             table.add_row(
                 *cells,
                 _text(worker.get("id")),
@@ -132,6 +177,7 @@ def _workers(document: dict[str, Any]) -> Table:
                 _text(worker.get("connections")),
                 _text(worker.get("in_flight")),
                 "-" if rate is None else f"{rate:,.0f}",
+                *(slowness if wide else ()),
                 "-" if cpu is None else f"{cpu:.0f}%",
                 _mib(worker.get("rss_bytes")),
             )
@@ -186,6 +232,20 @@ def _event(event: dict[str, Any]) -> Text:
     )
 
 
+def _quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> str:
+    """The upper bound of the bucket in which it lies: what is known for certain."""
+    wanted, seen = sum(counts) * part, 0
+    for count, bound in zip(counts, bounds, strict=False):
+        seen += count
+        if seen >= wanted > 0:
+            return f"≤{_short(bound)}"
+    return f">{_short(bounds[-1])}" if wanted else "-"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
 def _table(*heads: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in heads:
@@ -229,4 +289,4 @@ def print_once(look: Look, interval: float, as_json: bool) -> None:
         return
     wide = {} if sys.stdout.isatty() else {"width": 160}
     console = Console(no_color=not coloured(), force_terminal=coloured() or None, highlight=False, **wide)  # type: ignore[arg-type]
-    console.print(draw(look))
+    console.print(Picture(look))

@@ -24,7 +24,7 @@ from rich.live import Live
 from segue.handoff.messages import HOT
 from segue.supervisor import client
 from segue.supervisor.instance import Instance, InstanceError
-from segue.supervisor.look import Look, draw
+from segue.supervisor.look import Look, Picture
 from segue.supervisor.terminal import coloured
 
 _INTERRUPTED = 128
@@ -171,7 +171,7 @@ def _loop(
             look.take()
             due = time.monotonic() + interval
         names = [f"[{action.key}] {action.name}" for action in available(look.endpoints)]
-        live.update(draw(look, [*names, "[q] quit"], asked.message), refresh=True)
+        live.update(Picture(look, [*names, "[q] quit"], asked.message), refresh=True)
         ready, _, _ = select.select([0, wakes], [], [], max(0.0, due - time.monotonic()))
         if wakes in ready:
             os.read(wakes, 4096)

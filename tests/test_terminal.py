@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 import pytest
-from scenario import DEADLINE_S, HOT, ROOT, Segue, environment, segue, supervised, unix_call
+from scenario import DEADLINE_S, HOT, ROOT, Client, Segue, environment, segue, supervised, unix_call
 
 from segue.supervisor.table import status_table
 
@@ -434,9 +434,21 @@ def test_top_shows_services_with_their_versions_and_health(application: Any) -> 
         master.stop()
 
 
+def test_top_shows_how_slow_workers_are_where_there_is_room(master: Segue) -> None:
+    with terminal(master, "top", "--interval", "0.2", columns=140) as screen, Client(master.port) as client:
+        screen.wait_for(r"REQ/S +P50 +P99 +LAG +CPU")
+        for _ in range(5):
+            client.get("/")
+        screen.wait_for(r"active .* ≤\S+ (m?s) +≤\S+ \1 +\S+ ms +\d+%")
+
+
 def test_a_narrow_terminal_is_enough(master: Segue) -> None:
     with terminal(master, "top", columns=40, rows=10) as screen:
         screen.wait_for(r"segue default ready")
+        at = screen.type("b")  # a question is seen wherever there is hardly room for it
+        screen.wait_for(r"rollback\? \[y\] to do it", at)
+        at = screen.type("n")
+        screen.wait_for(r"\[q\]\s+quit", at)
         screen.type("q")
         assert screen.wait_exit() == 0
 
