@@ -233,6 +233,11 @@ class Master:
             self.log("error", "journal-not-written", reason=error)
         self._journal_error = error
 
+    @property
+    def develops(self) -> bool:
+        """Whether it is in development mode."""
+        return self._development is not None
+
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

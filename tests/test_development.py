@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browser import browser
-from scenario import DEADLINE_S, Client, Load, Segue, environment, segue, supervised
+from scenario import DEADLINE_S, HOT, Client, Load, Segue, environment, segue, supervised, tcp_call
 
 from segue.supervisor.watcher import Filter, Order, directories_of, forget_compiled
 
@@ -216,7 +216,8 @@ def test_a_save_is_served_at_once_and_loses_nothing_under_load(application) -> N
 
 
 def test_a_save_that_breaks_leaves_the_last_good_code_serving_and_shows_the_traceback(application) -> None:
-    with supervised("shop:app", *DEVELOP, cwd=application("1")) as master, Client(master.port) as client:
+    flags = (*DEVELOP, "--admin", "127.0.0.1:0")
+    with supervised("shop:app", *flags, cwd=application("1")) as master, Client(master.port) as client:
         watched(master)
         save(application, "2", prelude="import nosuchmodule\n")
         master.output.wait_for(r"reload outcome=refused")
@@ -224,6 +225,10 @@ def test_a_save_that_breaks_leaves_the_last_good_code_serving_and_shows_the_trac
         assert client.get("/")[2] == b"1"
         refused = next(r for r in master.status()["reloads"] if r["outcome"] == "refused")
         assert 'shop.py", line 1' in refused["output"]
+        admin = int(master.status()["admin"][0].rpartition(":")[2])
+        assert refused in tcp_call(admin, "GET", f"{HOT}/status")[2]["reloads"], (
+            "the dashboard needs no token"
+        )
         save(application, "3")
         until_served(master, "3")
         master.wait_status(lambda s: len(s["generations"]) == 1)
