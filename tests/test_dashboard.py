@@ -5,11 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import subprocess
 from typing import Any
 
-from browser import Page, browser
+from browser import Page, browser, too_faint
 from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Client, Segue, free_port, supervised, tcp_call
 
 
@@ -182,60 +181,8 @@ def test_everything_can_be_told_from_its_ground_in_both_themes(application, toke
             if signed_in:
                 sign_in(page)
                 page.wait("document.querySelectorAll('#events li[data-tone=bad]').length > 0")
-            for colours in ("dark", "light"):
-                page.prefer(colours)
-                assert contrast_of_ink(page) > 7
-                faint = page.run(TOO_FAINT)
-                assert not faint, (colours, signed_in, faint)
+            assert not too_faint(page), f"signed in: {signed_in}"
         master.stop()
-
-
-def contrast_of_ink(page: Page) -> float:
-    ground = page.run("getComputedStyle(document.body).backgroundColor")
-    return contrast(ground, page.run("getComputedStyle(document.body).color"))
-
-
-TOO_FAINT = """
-(() => {
-  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-  const linear = (part) => (part /= 255, part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-  const luminance = ([red, green, blue]) => 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue);
-  const contrast = (one, other) => {
-    const [dark, light] = [luminance(one), luminance(other)].sort((a, b) => a - b);
-    return (light + 0.05) / (dark + 0.05);
-  };
-  const over = (top, under) => [0, 1, 2].map((i) => top[i] * (top[3] ?? 1) + under[i] * (1 - (top[3] ?? 1)));
-  const ground = (element) => {
-    const own = parse(getComputedStyle(element).backgroundColor);
-    return (own[3] ?? 1) === 1 || !element.parentElement ? own : over(own, ground(element.parentElement));
-  };
-  const shown = (element) => element.getClientRects().length > 0 && !element.closest("[aria-disabled=true]");
-  const faint = [];
-  const check = (what, colour, under, least) => {
-    const found = contrast(over(colour, under), under);
-    if (!(found >= least)) faint.push(`${what}: ${found.toFixed(2)}`);
-  };
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) {
-    const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.textContent.trim() || !shown(element)) continue;
-    const style = getComputedStyle(element);
-    const colour = element instanceof SVGElement ? style.fill : style.color;
-    check(texts.currentNode.textContent.trim(), parse(colour), ground(element), 4.5);
-  }
-  for (const element of document.querySelectorAll("input, button")) {
-    if (shown(element)) check(element.outerHTML, parse(getComputedStyle(element).borderTopColor), ground(element.parentElement), 3);
-  }
-  for (const element of document.querySelectorAll("rect[data-state]")) {
-    check(element.dataset.state, parse(getComputedStyle(element).fill), ground(element.ownerSVGElement.parentElement), 3);
-  }
-  for (const element of document.querySelectorAll(".legend li, td [data-state]")) {
-    check(element.dataset.state, parse(getComputedStyle(element, "::before").backgroundColor), ground(element), 3);
-  }
-  return faint;
-})()
-"""
-"""Texts below a contrast of 4.5, edges of what is typed or pressed and parts of pictures below 3: WCAG 2.2, AA."""
 
 
 def test_what_failed_workers_printed_is_for_those_who_may_steer(application, token_file) -> None:
@@ -318,20 +265,6 @@ def focus(page: Page, condition: str) -> None:
             return
         page.press_tab()
     raise AssertionError(f"no Tab leads to {condition}")
-
-
-def contrast(one: str, other: str) -> float:
-    """Of two colours, as WCAG 2 counts it."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        red, green, blue = (
-            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
-        )
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_it_reconnects_by_itself_and_keeps_its_history_over_an_upgrade_of_the_master(

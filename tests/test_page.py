@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from backends import backend
-from browser import browser
+from browser import browser, too_faint
 from openai_server import openai_server
 from scenario import HOT, ROOT, supervised
 
@@ -56,6 +56,7 @@ def test_the_page_streams_over_reloads_and_swaps_and_says_who_answered(tmp_path:
         master.reload("--wait", "drained")
         page.open(origin)
         page.wait("document.querySelectorAll('article.assistant').length === 3")
+        assert not too_faint(page)
         assert not page.errors
         assert all(url.startswith((origin, "data:", "about:")) for url in page.requested), page.requested
         master.stop()
