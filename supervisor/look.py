@@ -18,7 +18,7 @@ from rich.text import Text
 from segue.handoff.messages import HOT
 from segue.supervisor import client
 from segue.supervisor.instance import Instance, InstanceError
-from segue.supervisor.terminal import colour_of, coloured, seconds_of
+from segue.supervisor.terminal import colour_of, coloured, health_of, seconds_of
 
 _RELOADS = 5
 _EVENTS = 6
@@ -191,19 +191,11 @@ def _services(document: dict[str, Any]) -> Table:
         table.add_row(
             name,
             ", ".join(map(str, service["versions"])),
-            _health(service),
+            _state(health_of(service), health_of(service).partition(":")[0]),
             str(service["leases"]),
             str(service["retiring"]),
         )
     return table
-
-
-def _health(service: dict[str, Any]) -> Text:
-    if service["degraded"]:
-        return Text(f"degraded: {service['degraded']}", style="yellow")
-    if service["healthy"] is None:
-        return Text("-")
-    return Text("healthy", style="green") if service["healthy"] else Text("unhealthy", style="red")
 
 
 def _reloads(document: dict[str, Any]) -> Table:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
 
-from segue.supervisor.terminal import colour_of, seconds_of
+from segue.supervisor.terminal import colour_of, health_of, seconds_of
 
 _RELOADS_SHOWN = 5
 
@@ -43,6 +44,8 @@ def status_table(document: dict[str, Any]) -> str:
                 ]
             )
     lines += _columns(["GEN", "STATE", "CODE", *_WORKER_HEADS], rows)
+    if document["services"]:
+        lines += ["", *_columns(["SERVICE", "VERSION", "HEALTH", "LEASES"], _service_rows(document))]
     if document["reloads"]:
         lines += [
             "",
@@ -113,6 +116,13 @@ def _worker_cells(worker: dict[str, Any]) -> list[str]:
     ]
 
 
+def _service_rows(document: dict[str, Any]) -> list[list[str]]:
+    return [
+        [name, ", ".join(map(str, service["versions"])), health_of(service), str(service["leases"])]
+        for name, service in document["services"].items()
+    ]
+
+
 def _reload_rows(document: dict[str, Any]) -> list[list[str]]:
     return [
         [
@@ -139,7 +149,7 @@ def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _coloured(cell: str, width: int) -> str:
-    colour = colour_of(cell.partition(" ")[0])
+    colour = colour_of(cell) or colour_of(re.split("[ :]", cell, maxsplit=1)[0])
     return (click.style(cell, fg=colour) if colour else cell) + " " * (width - len(cell))
 
 

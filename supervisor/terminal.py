@@ -33,6 +33,9 @@ _STYLES = {
     "refused": "red",
     "rolled back": "red",
     "mixed": "cyan",
+    "healthy": "green",
+    "degraded": "yellow",
+    "unhealthy": "red",
     "NOT READY": "red",
 }
 
@@ -50,6 +53,15 @@ def coloured(stream: TextIO | None = None) -> bool:
 def colour_of(word: str) -> str | None:
     """The colour of a state or an outcome."""
     return _STYLES.get(word)
+
+
+def health_of(service: Mapping[str, Any]) -> str:
+    """What a service says of itself; ``-``: nothing."""
+    if service["degraded"]:
+        return f"degraded: {service['degraded']}"
+    if service["healthy"] is None:
+        return "-"
+    return "healthy" if service["healthy"] else "unhealthy"
 
 
 def seconds_of(operation: Mapping[str, Any]) -> float:

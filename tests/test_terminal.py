@@ -429,6 +429,8 @@ def test_top_shows_services_with_their_versions_and_health(application: Any) -> 
         shown = master.command("top", "--once", "--interval", "0.2").stdout
         assert re.search(r"SERVICE +VERSION +HEALTH", shown)
         assert re.search(r"prices +1 +healthy +0 +0", shown), shown
+        table = master.command("status").stdout
+        assert re.search(r"^SERVICE +VERSION +HEALTH +LEASES\nprices +1 +healthy +0$", table, re.M), table
         assert master.command("reload", "prices").returncode == 0
         assert re.search(r"prices +2 +healthy", master.command("top", "--once", "--interval", "0.2").stdout)
         master.stop()
