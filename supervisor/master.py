@@ -92,6 +92,8 @@ class Master:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._trying = False
+        """Whether the new code of an upgrade is being tried."""
         self._upgrading: Operation | None = None
         self._deposed = False
         self._left = False
@@ -358,11 +360,15 @@ class Master:
     async def _try_upgrade(self, operation: Operation) -> None:
         operation.progress("try")
         reason = upgrade.obstacle(self.state)
+        if self._trying or self._upgrading is not None:
+            reason = "another upgrade is under way; try again when it has ended"
         if not reason:
-            reason = await upgrade.try_out(self._environ, self._base_dir)
+            self._trying = True
+            try:
+                reason = await upgrade.try_out(self._environ, self._base_dir)
+            finally:
+                self._trying = False
             reason = reason or upgrade.obstacle(self.state)  # by now
-        if self._upgrading is not None:
-            reason = "another upgrade is under way"
         if reason:
             self._settle(model.Settle(operation.number, ok=False, reason=reason))
             return

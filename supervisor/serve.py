@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Coroutine, Mapping, MutableMapping
 from typing import Any
@@ -21,7 +22,7 @@ from segue.supervisor.master import Master
 from segue.supervisor.mastership import Mastership, take
 from segue.supervisor.setting_table import BY_KEY
 from segue.supervisor.systemd import inherited_fds
-from segue.supervisor.upgrade import TRIAL
+from segue.supervisor.upgrade import TRIAL, TRIAL_TIMEOUT_S
 
 _ADMIN_BACKLOG = 64
 
@@ -37,6 +38,8 @@ class StartError(Exception):
 def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     """Run an instance until it is stopped; returns the exit status. Raises `StartError`."""
     trial = environ.pop(TRIAL, None) is not None
+    if trial:
+        signal.alarm(2 * TRIAL_TIMEOUT_S)  # who tries it may be gone when it hangs
     try:
         inherited = Inherited(inherited_fds(environ))
     except OSError as error:

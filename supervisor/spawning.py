@@ -228,9 +228,9 @@ def _control_socket(path: str) -> int:
         sock.bind(path)
         os.chmod(path, 0o600)
         sock.listen(64)
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        raise OSError(error.errno, error.strerror, path) from None
     return sock.detach()
 
 

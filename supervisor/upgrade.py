@@ -25,7 +25,7 @@ from segue.supervisor.systemd import pass_fds
 
 TRIAL = "SEGUE_TRIAL"
 """In the environment of ``segue serve``: only say whether it would start."""
-TRIAL_TIMEOUT_S = 30.0
+TRIAL_TIMEOUT_S = 30
 _MAX_REASON_BYTES = 4096
 
 
@@ -90,6 +90,9 @@ async def _outcome(pid: int, output: int) -> str:
             await ended.wait()
         _, status = os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - it has ended
     finally:
+        if not ended.is_set():  # this master ends
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         reaping.done(pid)
         loop.remove_reader(pidfd)
         os.close(pidfd)

@@ -100,6 +100,27 @@ def test_an_upgrade_during_a_reload_is_refused(application, tmp_path: Path) -> N
         master.stop()
 
 
+def test_one_upgrade_is_tried_at_a_time_and_a_stop_ends_the_trial(application, tmp_path: Path) -> None:
+    """What hangs while it is tried is gone with who tries it."""
+    directory = application("1")
+    settings = directory / "segue.toml"
+    settings.write_text("workers = 1\n")
+    with supervised("shop:app", cwd=directory) as master:
+        settings.unlink()
+        os.mkfifo(settings)
+        _, first = master.call("POST", f"{HOT}/upgrade?wait=1")
+        [trial] = set(psutil.Process(master.process.pid).children()) - set(
+            map(psutil.Process, master.worker_pids())
+        )
+        second = master.command("upgrade")
+        assert second.returncode == 1
+        assert "another upgrade is under way" in second.stderr
+        assert first["phase"] == "try"
+        assert trial.is_running()
+        master.stop()
+        trial.wait(10)
+
+
 def test_an_exit_after_an_upgrade_is_known_by_its_status(application) -> None:
     """The workers are still its children."""
     with supervised(*SERVE, cwd=application("1")) as master:
