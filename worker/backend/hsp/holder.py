@@ -285,11 +285,8 @@ class Holder:
             await old.stop()
             if old.unfinished:  # should it not come to its end here, the old session has it
                 raise BarrierError(f"{old.unfinished} messages are still being worked on")
-            leaving = asyncio.ensure_future(old.leave())
-            try:
-                await mailbox.give_seat(*successor)
-            finally:
-                await asyncio.wait({leaving})
+            await mailbox.give_seat(*successor)
+            self._sessions.leave(old)  # beside: who goes on needn't wait for it
         except LinkError as error:
             self._untidy = True
             _log.warning("event=hsp-no-cut reason=%s", error)

@@ -14,6 +14,8 @@ from segue.worker.backend.hsp.subscription import Mode, Subscription, Watch, end
 
 _log = logging.getLogger("segue.hsp")
 
+_LEAVE_S = 1.0
+"""How long the one before may take to leave its session."""
 _UNUSED_S = 60.0
 """How long a recruit waits to be activated."""
 
@@ -103,7 +105,8 @@ class Recruit:
             and await self._is_seated(subscription.session)
             and subscription.alive
         ):
-            self._sessions.forget(engagement.order.session)
+            # whose connection is broken before it has left is said to be offline
+            self._sessions.forget(engagement.order.session, after_s=_LEAVE_S)
             return subscription
         self._sessions.leave(subscription)
         return None

@@ -99,11 +99,12 @@ class Sessions:
         """Disconnect from a session, beside; it stays."""
         self._leaving.begin(self._name(subscription.session), subscription.leave())
 
-    def forget(self, session: str) -> None:
+    def forget(self, session: str, after_s: float = 0.0) -> None:
         """Have the broker drop, beside, what somebody else has left of a session that isn't in use."""
-        self._leaving.begin(self._name(session), self._forget(session))
+        self._leaving.begin(self._name(session), self._forget(session, after_s))
 
-    async def _forget(self, session: str) -> None:
+    async def _forget(self, session: str, after_s: float) -> None:
+        await asyncio.sleep(after_s)
         with contextlib.suppress(LinkError):
             await Link.forget(self._settings, session)
 
