@@ -34,7 +34,18 @@ _NOT_PRINTED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What writing into a file can end with. A pipe that nobody reads is click's matter."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """For click an interrupt is a failure like others; its status would say that nothing was done."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that is meant."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(Status.INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="segue")
 def cli() -> None:
     """Serve an ASGI application, and change everything in it without a client noticing."""
@@ -231,6 +242,8 @@ def stop(
     try:
         with Progress("stopping"):
             operation = client.stop(instance, now, timeout)
+    except KeyboardInterrupt:
+        fail("interrupted; the stop goes on", Status.INTERRUPTED)
     except InstanceError as error:
         fail(str(error), Status.INSTANCE)
     if as_json:

@@ -95,6 +95,7 @@ def change(instance: Any, target: str, waiting: Waiting, until: str = "serving")
     from segue.supervisor.instance import InstanceError
     from segue.supervisor.terminal import Progress
 
+    operation: dict[str, Any] = {}
     try:
         with Progress("asking the master"):
             operation = post(instance, target)
@@ -104,6 +105,12 @@ def change(instance: Any, target: str, waiting: Waiting, until: str = "serving")
             sys.exit(Status.OK)
         with Progress("waiting") as progress:
             operation = follow(instance, operation, progress.say, until=until, timeout_s=waiting.timeout_s)
+    except KeyboardInterrupt:
+        goes_on = (
+            f"{operation['kind']} goes on (operation {operation['id']})" if operation else "it may go on"
+        )
+        click.echo(f"segue: interrupted; {goes_on}: 'segue status' tells how it ends", err=True)
+        sys.exit(Status.INTERRUPTED)
     except InstanceError as error:
         fail(str(error), Status.INSTANCE)
     if waiting.as_json:

@@ -21,16 +21,18 @@ class Status(enum.IntEnum):
     """There is no such instance, several fit, it isn't yours, or it runs already."""
     LATE = 6
     """The time given with ``--timeout`` has passed; what was asked for goes on."""
+    INTERRUPTED = 130
+    """Ctrl-C: nobody waits any more; what was asked for goes on."""
 
 
 EPILOG = (
     "Exit status: 0 done; 1 refused or failed, state unchanged; 2 wrong flags or settings; "
-    "5 no such instance, several fit, or not yours; 6 --timeout passed, the operation goes on."
+    "5 no such instance, several fit, or not yours; 6 --timeout passed, or 130 Ctrl-C: the operation goes on."
 )
 DEPLOY_EPILOG = (
     "Exit status: 0 done; 1 refused or failed, state unchanged; 2 wrong flags or settings; "
     "4 the new generation did not pass its probation and was taken back (or, as the message says, could not be); "
-    "5 no such instance, several fit, or not yours; 6 --timeout passed, the operation goes on."
+    "5 no such instance, several fit, or not yours; 6 --timeout passed, or 130 Ctrl-C: the operation goes on."
 )
 SERVE_EPILOG = (
     "Exit status: 0 stopped cleanly; 1 stopped, but something was cut off or nothing served; "

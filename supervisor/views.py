@@ -17,7 +17,6 @@ from segue.supervisor.commanding import ask, fail, find, instance_options
 from segue.supervisor.exits import Status
 from segue.supervisor.terminal import echo
 
-_ENDED_BY_INTERRUPT = 130
 _FOLLOW_LAST = 10
 _SHOW_LAST = 100
 
@@ -69,8 +68,6 @@ def events(
         asyncio.run(run())
     except InstanceError as error:
         fail(str(error), Status.INSTANCE)
-    except KeyboardInterrupt:
-        sys.exit(_ENDED_BY_INTERRUPT)
 
 
 @click.command(epilog=exits.EPILOG)

@@ -490,6 +490,24 @@ def test_what_a_reload_took_does_not_grow_with_what_is_left_to_finish_in_the_old
     assert f"ok       {said[1]}" in click.unstyle(status_table(document))
 
 
+def test_who_interrupts_a_command_ends_the_waiting_and_not_what_was_asked_for(
+    master: Segue, application: Any
+) -> None:
+    application("2", prelude="import time; time.sleep(2)\n")
+    with terminal(master, "reload") as screen:
+        screen.wait_for(r"boot … \d s")
+        screen.process.send_signal(signal.SIGINT)
+        assert screen.wait_exit() == 130
+        assert "interrupted; reload goes on (operation 2): 'segue status' tells how it ends" in screen.raw
+        assert "Aborted" not in screen.raw
+    master.wait_status(lambda status: status["current"] == 2)
+    with terminal(master, "events", "--follow") as screen:
+        screen.wait_for(r"promoted")
+        screen.process.send_signal(signal.SIGINT)
+        assert screen.wait_exit() == 130
+        assert "Traceback" not in screen.raw
+
+
 def test_what_cannot_be_printed_is_told_without_a_traceback(master: Segue) -> None:
     where = ("--runtime-dir", master.runtime_dir, "--name", master.name)
     with open("/dev/full", "w") as full:
