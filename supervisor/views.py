@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -149,7 +150,8 @@ def top(name: str | None, runtime_dir: str | None, interval: float, once: bool, 
     from segue.supervisor.top import run
 
     instance = find(runtime_dir, name)
-    if as_json or once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    can_draw = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if as_json or once or not can_draw:
         print_once(Look(instance), interval, as_json)
     else:
         sys.exit(run(Look(instance), interval))

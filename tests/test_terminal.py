@@ -44,7 +44,7 @@ class Terminal:
             stdin=child,
             stdout=child,
             stderr=child,
-            env=environment(PYTHONPATH=str(ROOT), TERM="xterm-256color", **env),
+            env=environment(**{"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"} | env),
             start_new_session=True,
         )
         self._child = child
@@ -410,6 +410,13 @@ def test_top_without_a_terminal_prints_once(master: Segue) -> None:
     assert document["generations"][0]["workers"][0]["requests_per_second"] == 0
     master.stop()
     assert master.command("top").returncode == 5
+
+
+def test_top_on_a_terminal_that_can_only_write_prints_once(master: Segue) -> None:
+    with terminal(master, "top", "--interval", "0.2", TERM="dumb") as screen:
+        assert screen.wait_exit() == 0
+        assert "segue default ready" in screen.raw
+        assert "\x1b" not in screen.raw
 
 
 def test_top_shows_services_with_their_versions_and_health(application: Any) -> None:
