@@ -25,6 +25,10 @@ DRAIN_MODES = ("reject", "queue")
 """What may become of new work in an operator's drain: refused, or held until it ends."""
 MAX_WORKERS = 1024
 """How many an instance can be asked to run."""
+MAX_COUNT = 10**9
+"""The highest number of a generation, a worker, an operation or events that is looked for."""
+MAX_WAIT_S = 24 * 3600.0
+"""The longest time that a request can name."""
 
 LATENCY_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets in which a worker counts how long responses took."""

@@ -15,6 +15,7 @@ from segue import __version__
 from segue.handoff.messages import DRAIN_MODES, HOT, MAX_WORKERS
 from segue.supervisor import deploying, exits, reaping, views
 from segue.supervisor.commanding import (
+    Seconds,
     Waiting,
     ask,
     change,
@@ -205,7 +206,7 @@ def drain_stop(name: str | None, runtime_dir: str | None, as_json: bool) -> None
 @cli.command(epilog=exits.EPILOG)
 @instance_options
 @click.option("--now", is_flag=True, help="At once: what is in flight is cut off.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most.")
+@click.option("--timeout", type=Seconds(min=0), default=None, help="Seconds to wait at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON.")
 @click.option(
     "--unit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,17 @@ class Waiting(NamedTuple):
     as_json: bool = False
 
 
+class Seconds(click.FloatRange):
+    """A length of time; what is no number at all is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's own."""
+        converted = super().convert(value, param, ctx)
+        if math.isnan(converted):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return converted
+
+
 def waiting_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command that changes something be told its `Waiting`."""
 
@@ -53,9 +65,7 @@ def waiting_options(command: Callable[..., None]) -> Callable[..., None]:
 
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the operation as JSON."),
-        click.option(
-            "--timeout", type=click.FloatRange(min=0), default=None, help="Seconds to wait at most."
-        ),
+        click.option("--timeout", type=Seconds(min=0), default=None, help="Seconds to wait at most."),
         click.option("--no-wait", is_flag=True, help="Return at once."),
     ):
         waiting = option(waiting)

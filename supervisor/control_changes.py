@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from segue.handoff.http import Handler, Request, Response, json_response, problem
-from segue.handoff.messages import DRAIN_MODES, HOT, MAX_WORKERS
+from segue.handoff.messages import DRAIN_MODES, HOT, MAX_WAIT_S, MAX_WORKERS
 from segue.supervisor import control_query as query
 from segue.supervisor import model
 from segue.supervisor.master import Master
@@ -142,7 +142,7 @@ class Changes:
 
     async def _upgrade(self, request: Request) -> Response:
         """Answers once it is known whether the new code starts: its end is told by the new master alone."""
-        wait = query.seconds(request, "wait", query.MAX_WAIT_S)
+        wait = query.seconds(request, "wait", MAX_WAIT_S)
         operation = self._master.requests.upgrade(_who(request))
         await operation.wait(wait, phase="queued")
         await operation.wait(wait, phase="try")
@@ -153,7 +153,7 @@ class Changes:
 
     async def _ask(self, request: Request, ask: Callable[[str], Operation | Response]) -> Response:
         """What `ask` has begun, or its refusal; it is called with who asks, once all parameters are known to be right."""
-        wait = query.seconds(request, "wait", query.MAX_WAIT_S)
+        wait = query.seconds(request, "wait", MAX_WAIT_S)
         until = query.until(request)
         operation = ask(_who(request))
         if isinstance(operation, Response):

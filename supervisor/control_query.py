@@ -8,16 +8,13 @@ from __future__ import annotations
 import re
 
 from segue.handoff.http import Request
-from segue.handoff.messages import DRAIN_MODES, MAX_WORKERS
+from segue.handoff.messages import DRAIN_MODES, MAX_COUNT, MAX_WAIT_S, MAX_WORKERS
 from segue.supervisor import model
 from segue.supervisor.openapi import Parameter
 from segue.supervisor.operations import UNTIL
 from segue.supervisor.requests import Manner
 from segue.supervisor.ring import NUMBER
 
-MAX_WAIT_S = 24 * 3600.0
-MAX_COUNT = 10**9
-"""The highest number of a generation, a worker, an operation or events that is looked for."""
 STRATEGIES = tuple(model.Strategy)
 SERVICE_NAME = "^[a-z][a-z0-9_]{0,62}$"
 _COUNT = {"type": "integer", "minimum": 0, "maximum": MAX_COUNT}

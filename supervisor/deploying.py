@@ -9,9 +9,9 @@ from urllib.parse import quote, urlencode
 
 import click
 
-from segue.handoff.messages import HOT
+from segue.handoff.messages import HOT, MAX_COUNT, MAX_WAIT_S, MAX_WORKERS
 from segue.supervisor import exits
-from segue.supervisor.commanding import Waiting, change, find, instance_options, waiting_options
+from segue.supervisor.commanding import Seconds, Waiting, change, find, instance_options, waiting_options
 from segue.supervisor.terminal import seconds_of
 
 _STRATEGIES = ("surge", "rolling", "replace")
@@ -35,10 +35,10 @@ def _manner(command: Callable[..., None]) -> Callable[..., None]:
         command(manner={"strategy": strategy, "canary": canary, "canary_for": canary_for}, **others)
 
     for option in (
-        click.option("--canary-for", type=click.FloatRange(0), metavar="SECONDS", help="For so long."),
+        click.option("--canary-for", type=Seconds(0, MAX_WAIT_S), metavar="SECONDS", help="For so long."),
         click.option(
             "--canary",
-            type=click.IntRange(0),
+            type=click.IntRange(0, MAX_WORKERS),
             metavar="N",
             help="This time, let so many workers serve beside the old ones first; 0: none.",
         ),
@@ -50,7 +50,7 @@ def _manner(command: Callable[..., None]) -> Callable[..., None]:
     return taking_over
 
 
-_generation = click.argument("generation", metavar="[ID]", type=click.IntRange(1), required=False)
+_generation = click.argument("generation", metavar="[ID]", type=click.IntRange(1, MAX_COUNT), required=False)
 
 
 @click.command(epilog=exits.DEPLOY_EPILOG)

@@ -65,7 +65,12 @@ def health_of(service: Mapping[str, Any]) -> str:
 
 
 def seconds_of(operation: Mapping[str, Any]) -> float:
-    """What an operation took from the request to its outcome; what is left to finish in the old generation is no part of it."""
+    """What an operation took from the request to its outcome; what is left to finish in the old generation is no part of it.
+
+    Of one that runs, since the request.
+    """
+    if operation["outcome"] is None:
+        return max(0.0, time.time() - float(operation["started"]))
     return float(sum(seconds for phase, seconds in operation["phases"].items() if phase != "drain"))
 
 

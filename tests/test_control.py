@@ -284,6 +284,22 @@ def test_wrong_flags_exit_with_2_and_name_the_key(application) -> None:
         assert word in done.stderr, (arguments, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("reload", "--timeout", "nan"),
+        ("reload", "--canary", "1", "--canary-for", "nan"),
+        ("reload", "--canary", "1", "--canary-for", "1e9"),
+        ("promote", "--canary", "99999"),
+        ("stop", "--timeout", "nan"),
+    ],
+)
+def test_numbers_that_are_none_are_wrong_flags(command: tuple[str, ...], tmp_path: Path) -> None:
+    done = segue(*command, "--runtime-dir", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "Invalid value for" in done.stderr
+
+
 def test_every_command_documents_its_exit_statuses() -> None:
     for command in (
         ["serve"],

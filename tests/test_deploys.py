@@ -137,6 +137,8 @@ def test_what_is_not_there_is_refused_with_what_is(application, what) -> None:
         done = master.command(what, "77")
         assert done.returncode == 1
         assert "77" in done.stderr
+        done = master.command(what, str(10**20))
+        assert (done.returncode, "range" in done.stderr) == (2, True)
         assert states(master.status()) == {1: "active", 2: "staged"}
         master.stop()
 

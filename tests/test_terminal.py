@@ -25,6 +25,7 @@ import pytest
 from scenario import DEADLINE_S, HOT, ROOT, Client, Segue, environment, segue, supervised, unix_call
 
 from segue.supervisor.table import status_table
+from segue.supervisor.terminal import seconds_of
 
 ALTERNATE_SCREEN, BACK = "\x1b[?1049h", "\x1b[?1049l"
 
@@ -632,3 +633,11 @@ def test_the_verdict_of_check_as_json(application: Any) -> None:
     bad = segue("check", "shop:app", "--json", cwd=directory)
     assert bad.returncode == 3
     assert "nosuchmodule" in json.loads(bad.stdout)["reason"]
+
+
+def test_what_runs_is_shown_with_the_time_since_it_was_asked_for() -> None:
+    phases = {"prepare": 0.5, "boot": 1.5, "drain": 60.0}
+    assert seconds_of({"outcome": "ok", "started": 0.0, "phases": phases}) == 2.0
+    assert (
+        100 <= seconds_of({"outcome": None, "started": time.time() - 100, "phases": {"prepare": 0.5}}) < 160
+    )
