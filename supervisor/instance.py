@@ -143,9 +143,18 @@ class Instance:
             ) from error
 
     def share(self, path: str, mode: int, shared: int) -> None:
-        """Give `path` the mode `mode`, or `shared` for the members of the group, if there is one."""
+        """Give `path` the mode `mode`, or `shared` for the members of the group, if there is one.
+
+        Raises OSError, and `InstanceError` if it is not ours to give to that group.
+        """
         if self.group is not None:
-            os.chown(path, -1, self.group)
+            try:
+                os.chown(path, -1, self.group)
+            except PermissionError as error:
+                raise InstanceError(
+                    f"user {os.geteuid()} cannot give {path} to group {self.group} (control-group): "
+                    "let it be a member of that group, or leave the group out"
+                ) from error
         os.chmod(path, mode if self.group is None else shared)
 
     def lock(self, binds: list[str], inherited: int | None = None) -> None:
@@ -165,7 +174,9 @@ class Instance:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise InstanceError(f"cannot create {path}: {error.strerror}") from error
+            raise InstanceError(
+                f"cannot open {path}: {error.strerror}; remove it, or choose another --runtime-dir"
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

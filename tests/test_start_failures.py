@@ -278,6 +278,21 @@ def test_a_refused_fork_or_thread_is_the_reason_of_a_failed_start(nobody) -> Non
 # Files that are not there
 
 
+def test_what_is_not_ours_in_the_runtime_directory_is_named_with_what_to_do(nobody) -> None:
+    """A group of which its user is no member; a lock that another user has left."""
+    interpreter, directory = nobody
+    (directory / "shop.py").write_text(APP.format(version="1"))
+    options: dict[str, Any] = {"status": 5, "cwd": directory, "interpreter": interpreter}
+    with not_started("shop:app", "--control-group", "60001", **options) as said:
+        assert "let it be a member of that group" in said[0]
+    place = runtime_with("default")
+    os.rmdir(os.path.join(place, "default", "default"))
+    os.chown(os.path.join(place, "default"), interpreter.popen_options().get("user", -1), -1)
+    Path(place, "default", "master.lock").touch(mode=0o000)
+    with not_started("shop:app", runtime_dir=place, **options) as said:
+        assert re.search(r"cannot open \S+/master.lock: Permission denied; remove it", said[0])
+
+
 def test_a_missing_interpreter_is_named(application) -> None:
     with not_started(
         "shop:app", "--python", "/nonexistent/bin/python", cwd=application("1"), status=2
