@@ -62,7 +62,13 @@ def follow(
         on_phase(operation["phase"])
         phase = quote(operation["phase"])
         target = f"{HOT}/operations/{operation['id']}?wait={left:.3f}&phase={phase}&until={until}"
-        operation = _ask_again(instance, target, left + READ_TIMEOUT_S).json()
+        answer = _ask_again(instance, target, left + READ_TIMEOUT_S)
+        if answer.status >= 400:
+            raise InstanceError(
+                f"what became of operation {operation['id']} is not known ({answer.json()['detail']}): its master "
+                "may have died meanwhile; 'segue status' shows what serves"
+            )
+        operation = answer.json()
 
 
 def _ask_again(instance: Instance, target: str, timeout_s: float) -> Response:

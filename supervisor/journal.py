@@ -69,8 +69,12 @@ class Journal:
             os.unlink(path)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(path, flags, 0o600)
-        self._bytes = _append(self._fd, encode(self._values))
-        os.rename(path, self._path)
+        try:
+            self._bytes = _append(self._fd, encode(self._values))
+            os.rename(path, self._path)
+        except OSError:
+            os.unlink(path)  # what there is no room for takes none
+            raise
 
     def close(self) -> None:
         """Give the descriptor back; the file stays."""

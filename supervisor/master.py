@@ -385,8 +385,13 @@ class Master:
         reason = upgrade.obstacle(self.state)
         if not self._queue and not reason:
             self._record()
-            self.log("info", "upgrade", epoch=self.epoch)
-            reason = self._become_new()
+            if (
+                self._journal_error
+            ):  # the new master would know nothing of what was decided, or of who waits for this
+                reason = f"the journal can't be written: {self._journal_error}; make room, then try again"
+            else:
+                self.log("info", "upgrade", epoch=self.epoch)
+                reason = self._become_new()
         signals.unblock()
         if reason:
             self._upgrading = None

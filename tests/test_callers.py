@@ -17,6 +17,8 @@ import pytest
 from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Segue, free_port, supervised, tcp_call
 
 from segue.supervisor import room
+from segue.supervisor.client import follow
+from segue.supervisor.instance import Instance, InstanceError
 from segue.supervisor.room import bytes_left, own_bytes, too_many
 from segue.supervisor.watching import Watching
 
@@ -248,4 +250,13 @@ def test_a_slip_of_the_finger_starts_nothing(application) -> None:
             assert f"refused: {most + 1} workers on " in done.stderr
             assert "with a reload" in done.stderr
         assert len(master.worker_pids()) == 1
+        master.stop()
+
+
+def test_an_operation_that_no_master_knows_any_more_is_told_so(application) -> None:
+    """The one that was asked has died, and its journal with it."""
+    with supervised("shop:app", cwd=application("1")) as master:
+        asked = {"id": 4711, "outcome": None, "phase": "boot", "drained": False, "probation": None}
+        with pytest.raises(InstanceError, match="what became of operation 4711 is not known"):
+            follow(Instance(master.directory), asked, lambda _: None)
         master.stop()

@@ -99,6 +99,14 @@ def test_a_write_that_failed_is_made_good_by_the_next_one(tmp_path: Path) -> Non
     journal.close()
 
 
+def test_what_there_is_no_room_for_takes_none(tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir()  # nothing can be put in its place
+    journal = Journal(str(tmp_path / "journal"))
+    assert "directory" in journal.write({"a": 1})
+    assert os.listdir(tmp_path) == ["journal"]
+    journal.close()
+
+
 def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")

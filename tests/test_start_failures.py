@@ -426,6 +426,21 @@ def test_a_full_disk_keeps_no_reload_from_succeeding(application, small_disk) ->
         master.stop()
 
 
+def test_an_upgrade_that_cannot_write_down_what_it_must_know_is_refused(application, small_disk) -> None:
+    with supervised("shop:app", cwd=application("1"), runtime_dir=str(small_disk)) as master:
+        free = fill_blocks(small_disk)
+        master.reload()  # more than the journal has room for
+        done = master.command("upgrade")
+        assert done.returncode == 1, done.stdout
+        assert "the journal can't be written" in done.stderr
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        free()
+        done = master.command("upgrade")
+        assert done.returncode == 0, done.stderr
+        master.stop()
+
+
 def test_a_disk_without_inodes_refuses_the_reload_and_loses_nothing(application, small_disk) -> None:
     with (
         supervised("shop:app", cwd=application("1"), runtime_dir=str(small_disk)) as master,
