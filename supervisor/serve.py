@@ -25,6 +25,7 @@ from segue.supervisor.systemd import inherited_fds
 from segue.supervisor.upgrade import TRIAL, TRIAL_TIMEOUT_S
 
 _ADMIN_BACKLOG = 64
+_OF_RELOAD = ("reload-dir", "reload-include", "reload-exclude", "reload-delay")
 
 
 class StartError(Exception):
@@ -59,6 +60,9 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
         log("error", "settings-refused", reason=str(error), action="go on with those of the living workers")
     settings = effective.settings
     log.set_format(settings.log_format)
+    without_effect = [key for key in _OF_RELOAD if effective.sources[key].startswith("flag ")]
+    if without_effect and not settings.reload and not trial:
+        log("warning", "not-watching", reason=f"{', '.join(without_effect)}: no effect without --reload")
     parent = os.path.abspath(settings.runtime_dir or default_runtime_dir(environ))
     instance = Instance(os.path.join(parent, settings.name), _group(settings.control_group))
     if trial:

@@ -200,6 +200,16 @@ def test_a_master_that_does_not_watch_has_not_imported_what_does() -> None:
 # ------------------------------------------------------------------------------------------------------ reloads
 
 
+def test_what_to_watch_is_said_to_have_no_effect_without_development_mode(application) -> None:
+    flags = ("--reload-include", "*.html", "--reload-delay", "1")
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
+        assert (
+            'not-watching reason="reload-include, reload-delay: no effect without --reload"'
+            in master.output.text
+        )
+        master.stop()
+
+
 def test_a_save_is_served_at_once_and_loses_nothing_under_load(application) -> None:
     with supervised("shop:app", *DEVELOP, "--no-access-log", cwd=application("1")) as master:
         watched(master)
