@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from segue import __version__
+from segue.handoff.lines import is_journal, with_priority
 from segue.handoff.messages import DRAIN_MODES, HOT, MAX_WORKERS
 from segue.supervisor import deploying, exits, reaping, views
 from segue.supervisor.commanding import (
@@ -62,7 +63,9 @@ def serve(**flags: Any) -> None:
     try:
         sys.exit(run(flags, os.environ))
     except StartError as error:
-        fail(str(error), error.status)
+        text = f"segue: {error}"
+        click.echo(with_priority(text, "error") if is_journal(2, os.environ) else text, err=True)
+        sys.exit(error.status)
 
 
 @cli.command(cls=ServeCommand, epilog=exits.CHECK_EPILOG)

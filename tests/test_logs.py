@@ -244,6 +244,21 @@ def test_the_master_tells_the_journal_priorities(monkeypatch) -> None:
         os.close(write)
 
 
+def test_the_journal_files_the_reason_of_a_start_that_fails_as_an_error() -> None:
+    read, write = os.pipe()
+    found = os.fstat(write)
+    with open(read) as reader:
+        done = subprocess.run(
+            [sys.executable, "-m", "segue.supervisor.cli", "serve", "shop:app", "--admin", "nonsense"],
+            stderr=write,
+            env=environment(PYTHONPATH=str(ROOT), JOURNAL_STREAM=f"{found.st_dev}:{found.st_ino}"),
+            check=False,
+        )
+        os.close(write)
+        assert done.returncode == 2
+        assert reader.read().startswith("<3>segue: admin = 'nonsense'")
+
+
 def test_a_line_of_json_is_never_cut(tmp_path) -> None:
     with (tmp_path / "log").open("w+b") as file:
         log = Log(file.fileno())
