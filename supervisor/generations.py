@@ -155,6 +155,8 @@ class Worker(msgspec.Struct):
     lead: bool = False
     """It has, or may have, the services active that one worker alone may have: from the command on until it has
     confirmed that it gave them up, or has died."""
+    services_unanswered: int = 0
+    """How often it was told of them and has yet to answer: only the last answer says what they are."""
     services_retry: float | None = None
     """When it is told of its services again, since the last time failed."""
     blocks_until: float | None = None

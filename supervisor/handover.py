@@ -42,7 +42,7 @@ def next_deadline(worker: m.Worker) -> float | None:
 def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
     """The answer to `services activate`. After a failure nobody knows what it has, so it is told the same again."""
     assert isinstance(event, m.ServicesActivated)
-    if worker.services is not ServicesState.ACTIVATING:
+    if not _is_last_answer(worker) or worker.services is not ServicesState.ACTIVATING:
         return  # it has been told to give up since
     if event.error:
         _failed(turn, generation, worker, event.error)
@@ -54,13 +54,18 @@ def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
 def deactivated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
     """The answer to `services deactivate`: only this says for certain that a living worker has given up."""
     assert isinstance(event, m.ServicesDeactivated)
-    if worker.services is not ServicesState.DEACTIVATING:
-        return
+    if not _is_last_answer(worker) or worker.services is not ServicesState.DEACTIVATING:
+        return  # it has been told to take over since, and perhaps to give up again
     if event.error:
         _failed(turn, generation, worker, event.error)
         return
     worker.services, worker.lead = ServicesState.IDLE, False
     turn.say("info", "services-idle", generation, worker)
+
+
+def _is_last_answer(worker: m.Worker) -> bool:
+    worker.services_unanswered -= 1
+    return not worker.services_unanswered
 
 
 _TOLD = frozenset({WorkerState.ACTIVE}) | m.RETURNING

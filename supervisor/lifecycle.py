@@ -124,7 +124,7 @@ WORKER: dict[tuple[type[m.WorkerEvent], WorkerState], _Handler] = {
     **_row(m.SwapPrepared, **dict.fromkeys(_CALLED, swaps.prepared)),
     **_row(m.SwapCommitted, **dict.fromkeys(_CALLED, swaps.committed)),
     **_row(m.SwapAborted, **dict.fromkeys(_CALLED, swaps.aborted)),
-    **_row(m.ServicesActivated, **dict.fromkeys(_CALLED, handover.activated)),
+    **_row(m.ServicesActivated, **dict.fromkeys(_ONCE_CALLED, handover.activated)),
     **_row(m.ServicesDeactivated, **dict.fromkeys(_ONCE_CALLED, handover.deactivated)),
     **_row(
         m.WorkerExited,

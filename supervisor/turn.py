@@ -195,6 +195,7 @@ class Turn:
     def _call_services(self, generation: m.Generation, worker: m.Worker, verb: Verb, lead: bool) -> None:
         budget = worker.handover or 0.0
         worker.services_retry = None
+        worker.services_unanswered += 1
         self.command(generation, worker, verb, budget + COMMAND_TIMEOUT_S, budget=budget, lead=lead)
 
     def swap(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from simulated_worker import HANDOVER_S, Process
 from simulator import LIMITS, World
@@ -648,6 +649,25 @@ def test_services_that_may_have_become_active_are_deactivated_when_their_worker_
     world.run(20.0)
     [told] = service_commands(world, Verb.SERVICES_DEACTIVATE, seen)
     assert (told.generation, told.worker) == (1, 1)
+    calm(world)
+
+
+def test_an_answer_about_services_says_nothing_about_what_was_told_since() -> None:
+    world = World(2, msgspec.structs.replace(LIMITS, park_for=100.0))
+    world.faults["slow services"] = "even"
+    world.start()
+    assert answered(world, world.reload()).ok
+    assert answered(world, world.rollback()).ok
+    world.run(HANDOVER_S)
+    assert leads(world) == [(1, 1)]
+    world.crash(world.processes[1, 1])
+    assert answered(world, world.reload()).ok
+    verbs = [call.command.verb for call in world.processes[1, 2].calls]
+    assert verbs[-3:] == [Verb.SERVICES_DEACTIVATE, Verb.SERVICES_ACTIVATE, Verb.SERVICES_DEACTIVATE]
+    world.run_until(lambda: bool(leads(world)))
+    assert leads(world) == [(1, 2)]
+    world.run(60.0)
+    assert leads(world) == [(3, 1)]
     calm(world)
 
 
