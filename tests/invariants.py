@@ -425,6 +425,11 @@ class Checks:
             return False
         coming = generation.having(frozenset({WorkerState.BOOTING, WorkerState.ACTIVATING}))
         leaving = [w for w in current.workers.values() if w.state not in m.SERVING]
+        most = max(current.wanted + current.ceded, generation.wanted)
+        if (
+            len(current.workers) + len(generation.workers) > most
+        ):  # there is room once one of its own has ended
+            leaving += generation.having(m.LEAVING | {WorkerState.STOPPING, WorkerState.KILLED})
         return bool(coming or leaving) or promote.until is not None
 
     # Services

@@ -9,7 +9,7 @@ from simulated_worker import Process
 from simulator import World
 from test_lifecycle_probation import outcomes
 from test_lifecycle_promotion import answered, calm, commands, serving, staged, started, state_of
-from test_lifecycle_strategies import until_phase
+from test_lifecycle_strategies import most_while, until_phase
 
 from segue.supervisor.model import GenerationState, Outcome, PromotePhase, Strategy, Verb, WorkerState
 
@@ -392,6 +392,25 @@ def test_a_way_back_is_finished_though_nothing_serves_that_it_could_take_over_fr
     world.run(1.0)
     assert serving(world) == parked
     assert world.state.current == 1
+    world.run(200.0)
+    calm(world)
+
+
+def test_one_worker_after_the_other_comes_back_though_one_of_them_has_not_ended_and_can_not_serve_again() -> (
+    None
+):
+    world = recorded(strategy=Strategy.ROLLING, probation=100.0)
+    world.hang(world.serving()[1])
+    world.kill_master(downtime=0.3)
+    world.workers_setting = 1
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.restore(1)
+    operation = world.rollback()
+    assert most_while(world, operation) == 3
+    assert world.answers[operation].ok
+    world.run(1.0)
+    assert {key[0] for key in serving(world)} == {1}
     world.run(200.0)
     calm(world)
 
