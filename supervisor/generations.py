@@ -162,7 +162,7 @@ class Worker(msgspec.Struct):
     blocks_until: float | None = None
     """Until then others wait for its services to cease."""
     swaps_seen: int = 0
-    """`State.swap_count` when it was spawned: it starts with what had been decided by then."""
+    """`State.swap_count` as far as it goes along: it starts with what had been decided by then, and takes part in more."""
     swap_due: float | None = None
     """When a swap's commit or abort must have been answered; None: no answer is on its way."""
     responses: int = 0

@@ -117,6 +117,8 @@ def committed(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
         if event.error:
             why = f"it does not follow the swap of service {swap.service}: {event.error}"
             staffing.replace(turn, generation, worker, why)
+        else:
+            worker.swaps_seen += 1
     elif event.error:
         _refuse(turn, swap, f"worker {worker.id}: {event.error}")
         if not event.rolled_back:
@@ -251,6 +253,7 @@ def _decide(turn: Turn, generation: m.Generation, swap: m.Swap, first: m.Worker)
     choices = (swap.shares[first.id].prepared or {}).get("choices") or {}
     turn.state.services[swap.service] = ServiceRecord(swap.version, dict(choices))
     turn.state.swap_count += 1
+    first.swaps_seen += 1
     swap.phase, swap.deadline = SwapPhase.FOLLOW, turn.now + SWAP_FOLLOW_TIMEOUT_S
     turn.say("info", "swap-decided", generation, None, service=swap.service, version=swap.version)
     for number in swap.shares:

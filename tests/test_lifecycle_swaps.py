@@ -362,6 +362,22 @@ def test_what_was_decided_outlives_reloads_and_reaches_every_worker_that_starts(
     calm(world)
 
 
+def test_what_took_part_in_a_swap_is_kept_warm_and_gone_back_to() -> None:
+    world = started()
+    world.limits = msgspec.structs.replace(LIMITS, park_for=100.0)
+    assert answered(world, world.reload()).ok
+    assert answered(world, world.swap(name="large")).ok
+    before = {process.key for process in world.serving()}
+    world.deploy()
+    assert answered(world, world.reload()).ok
+    world.run(5.0)
+    since = len(world.log)
+    assert answered(world, world.rollback()).ok
+    assert {process.key for process in world.serving()} == before
+    assert versions(world) == [2, 2, 2]
+    assert not spawns(world, since)
+
+
 def test_what_becomes_ready_while_a_swap_is_undecided_waits_and_starts_over_when_it_is_decided() -> None:
     world = started()
     world.faults["hangs in prepare"] = "odd"

@@ -164,7 +164,7 @@ def rolling(instance: Instance, _: random.Random) -> str:
 
 def broken_rolling(instance: Instance, rng: random.Random) -> str:
     """The second worker of a rolling reload does not start, or the first one answers with 500: it is gone back."""
-    before = _fresh(instance)
+    before = instance.renew()
     if rng.random() < 0.5:
         flag = instance.directory / f"rolling-{time.monotonic_ns()}"
         code = f"import os\ntry: os.close(os.open({str(flag)!r}, os.O_CREAT | os.O_EXCL))\n"
@@ -184,15 +184,9 @@ def replace(instance: Instance, _: random.Random) -> str:
 
 def broken_replace(instance: Instance, _: random.Random) -> str:
     """The old workers have ended, and new code does not start: the old code is started again."""
-    before = _fresh(instance)
+    before = instance.renew()
     instance.code.write(lifespan=_FAILS_TO_START, in_place=False)
     return _gone_back(instance, "reload?strategy=replace", before, "no GPU")
-
-
-def _fresh(instance: Instance) -> int:
-    """A generation whose release nobody has edited, so that its workers can be started again; its number."""
-    instance.code.write(in_place=False)
-    return int(instance.demand("reload")["generation"])
 
 
 def _gone_back(instance: Instance, what: str, before: int, why: str) -> str:
@@ -208,7 +202,7 @@ def _gone_back(instance: Instance, what: str, before: int, why: str) -> str:
 
 def scale(instance: Instance, rng: random.Random) -> str:
     """One worker more, and one less, by request or by signal."""
-    _fresh(instance)
+    instance.renew()
     by_signal = rng.random() < 0.5
     for wanted, number in ((WORKERS + 1, signal.SIGTTIN), (WORKERS, signal.SIGTTOU)):
         if by_signal:

@@ -56,7 +56,8 @@ def pause_worker(instance: Instance, rng: random.Random) -> str:
 
 
 def hang_worker(instance: Instance, rng: random.Random) -> str:
-    """A worker stands still for good: it is replaced, and then killed."""
+    """A worker stands still for good: it is replaced, and then killed. Without its code it would not be."""
+    instance.renew()
     pid = rng.choice(instance.current()["workers"])["pid"]
     count = instance.stop_worker(pid)
     begun = time.monotonic()

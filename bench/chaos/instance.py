@@ -264,6 +264,11 @@ class Instance:
         found: dict[str, Any] = next(each for each in document["generations"] if each["current"])
         return found
 
+    def renew(self) -> int:
+        """Have a generation serve whose release nobody has edited, so that its workers can be started again; its number."""
+        self.code.write(in_place=False)
+        return int(self.demand("reload")["generation"])
+
     def workers(self) -> list[dict[str, Any]]:
         """All that have a process, whatever their generation."""
         return [
