@@ -223,9 +223,18 @@ class Turn:
         return max(0.0, (worker.swap_due or 0.0) - self.now)
 
     def terminate(self, generation: m.Generation, worker: m.Worker, cause: str) -> None:
-        """End a worker that serves nobody: SIGTERM, and SIGKILL if that isn't enough."""
+        """End a worker that serves nobody: SIGTERM, and SIGKILL if that isn't enough.
+
+        One whose start was decided on in this turn is not started: there is nothing to end.
+        """
         if worker.state in {WorkerState.STOPPING, WorkerState.KILLED}:
             return
+        where = (generation.id, worker.id)
+        for start in [each for each in self.effects if isinstance(each, m.Spawn)]:
+            if (start.generation, start.worker) == where:
+                self.effects.remove(start)
+                del generation.workers[worker.id]
+                return
         worker.state, worker.cause = WorkerState.STOPPING, cause
         worker.deadline = self.now + TERM_GRACE_S
         self.effects.append(m.Kill(generation.id, worker.id, now=False))

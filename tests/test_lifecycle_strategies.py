@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from simulator import World
+from simulator import LIMITS, World
 from test_lifecycle_probation import outcomes, respond
 from test_lifecycle_promotion import answered, calm, commands, serving, spawns, staged, started, state_of
 
@@ -91,6 +91,19 @@ def test_a_canary_can_be_ended_by_a_promote() -> None:
     assert answered(world, promote).ok
     assert world.answers[operation].ok
     assert world.promoted == [1, 2]
+
+
+def test_a_worker_found_hung_as_the_canarys_time_ends_gets_no_replacement_that_would_end_at_once() -> None:
+    world, _ = with_canary(2, canary=2)
+    assert world.state.promote is not None
+    ends, hung = world.state.promote.until, world.state.generations[1].workers[2]
+    assert ends is not None
+    hung.heard, hung.doubted = ends - LIMITS.heartbeat_timeout - 1.0, ends
+    state, effects = lifecycle.step(world.state, m.TimePassed(), ends)
+    assert state.current == 2
+    assert "worker-replaced" in [each.event for each in effects if isinstance(each, m.Say)]
+    assert not [each for each in effects if isinstance(each, m.Spawn | m.Kill)]
+    assert list(state.generations[1].workers) == [1, 2]
 
 
 @pytest.mark.parametrize("how", ["discard", "rollback"])
