@@ -288,9 +288,6 @@ class World:
         self._frozen = []
         self.shell.stand_still()
         self._pass(seconds)
-        for times in (self.idle_since, self.superseded):
-            for generation in times:
-                times[generation] += seconds
         late, self._frozen = self._frozen, None
         self.queue.extend(late)
         if due is not None and due <= self.now:
@@ -301,12 +298,15 @@ class World:
         self.settle()
 
     def _pass(self, seconds: float) -> None:
-        """Time goes by without a master."""
+        """Time goes by without a master, and nobody is late meanwhile."""
         end = self.now + seconds
         while self._happenings and self._happenings[0][0] <= end:
             self.now, _, happening = heapq.heappop(self._happenings)
             happening()
         self.now, self._steps_now = end, 0
+        for times in (self.idle_since, self.superseded):
+            for generation in times:
+                times[generation] += seconds
 
     def kill_master(
         self, downtime: float = 0.0, upgrade: bool = False, undone: m.Effect | None = None
