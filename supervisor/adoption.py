@@ -50,8 +50,8 @@ class Adopted(msgspec.Struct, frozen=True):
     effects: list[m.Effect]
     promote: str = ""
     """What became of a promote that was interrupted: ``finished`` or ``undone``."""
-    generation: int | None = None
-    """Of that promote."""
+    promoted: tuple[int, ...] = ()
+    """The operations that waited for the last promote, if it was done."""
 
 
 def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], now: float) -> Adopted:
@@ -101,7 +101,9 @@ def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], no
     if state.current is not None:
         _serve_again(turn, state.generations[state.current])
         _look_after_current(turn, known, state.generations[state.current], grouped)
-    return Adopted(state, turn.effects, outcome, promoting)
+    done = known.promote is not None and (known.promote.committed or outcome == "finished")
+    promoted = known.promote.operations if known.promote is not None and done else ()
+    return Adopted(state, turn.effects, outcome, promoted)
 
 
 def _interrupted(known: memory.Memory) -> int | None:

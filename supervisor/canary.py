@@ -27,7 +27,7 @@ def begin(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     promote.phase = PromotePhase.CANARY
     turn.move(generation, GenerationState.MIXED)
     generation.deadline = None
-    turn.effects.append(m.Progress(promote.operations, PromotePhase.CANARY))
+    turn.effects.append(m.Progress(promote.operations, PromotePhase.CANARY, generation.id))
     seconds = probation.watch_s(turn, generation)
     for worker in staffing.able(turn, generation)[: generation.limits.canary]:
         turn.activate(generation, worker, seconds)

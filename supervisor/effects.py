@@ -111,6 +111,8 @@ class Progress(msgspec.Struct, frozen=True):
 
     operations: tuple[int, ...]
     phase: str
+    generation: int | None = None
+    """Which one it is about, once that is known."""
 
 
 class Settle(msgspec.Struct, frozen=True):

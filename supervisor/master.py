@@ -268,10 +268,11 @@ class Master:
         """Carry on with what was found, or start the first generation."""
         adopted = self._adopted
         for operation in self.operations.running():
+            generation = operation.generation
             if operation.kind == "upgrade":
                 ok, generation = operation.phase == EXECUTE, self.state.current
             else:
-                ok, generation = adopted.promote == "finished", adopted.generation
+                ok = operation.number in adopted.promoted
             reason = "" if ok else adoption.INTERRUPTED
             self._settle(model.Settle(operation.number, ok, reason, generation=generation))
         self._record()
@@ -440,10 +441,10 @@ class Master:
                 self.workers.command(effect, names, self._siblings(generation))
             case model.Kill(generation, worker, now):
                 self.workers.kill((generation, worker), now)
-            case model.Progress(operations, phase):
+            case model.Progress(operations, phase, generation):
                 for number in operations:
                     if (operation := self.operations.get(number)) is not None:
-                        operation.progress(phase)
+                        operation.progress(phase, generation)
                 self._service.progress()
                 promote = self.state.promote
                 if promote is not None and promote.until is not None:  # a canary takes its time

@@ -53,6 +53,8 @@ class Promote(msgspec.Struct, frozen=True):
     because: str = ""
     mixed: bool = False
     """Not all of its workers were to serve yet."""
+    operations: tuple[int, ...] = ()
+    """Who waits for it."""
 
 
 class Probation(msgspec.Struct, frozen=True):
@@ -255,6 +257,7 @@ class Writer:
                 kind=promote.kind,
                 because=promote.because,
                 mixed=promote.is_mixed,
+                operations=promote.operations,
             )
             return self._promote
         last = self._promote

@@ -91,10 +91,10 @@ class Operation:
             return "rolled back"
         return "ok" if self.ok else "refused"
 
-    def progress(self, phase: str) -> None:
-        """It has come to `phase`."""
+    def progress(self, phase: str, generation: int | None = None) -> None:
+        """It has come to `phase`, in which it is about `generation`."""
         self._close_phase()
-        self.phase = phase
+        self.phase, self.generation = phase, generation
         self._notify()
 
     def settle(self, outcome: Settle) -> None:
@@ -105,7 +105,7 @@ class Operation:
             )
         self._close_phase()
         self.ok, self.reason, self.output = outcome.ok, outcome.reason, outcome.output
-        self.generation, self.result = outcome.generation, outcome.result
+        self.generation, self.result = outcome.generation or self.generation, outcome.result
         self.code, self.details = outcome.code, outcome.details
         self.phase = "serving" if outcome.ok and self.promotes else "ended"
         self.ended = time.time()

@@ -21,7 +21,7 @@ def begin(turn: Turn, promote: m.Promote, generation: m.Generation, budget_s: fl
     if not promote.because:
         probation.end(turn, Outcome.SUPERSEDED)
     staffing.end_scaling(turn, ok=False, reason="a reload came between")
-    turn.effects.append(m.Progress(promote.operations, PromotePhase.CLEAR))
+    turn.effects.append(m.Progress(promote.operations, PromotePhase.CLEAR, generation.id))
     turn.say("warning", "replacing", generation, None, previous=old.id, budget_s=budget_s)
     old.drain_budget = budget_s
     retirement.drain(turn, old)

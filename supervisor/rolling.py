@@ -18,7 +18,7 @@ def begin(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     promote.phase = PromotePhase.ROLLING
     staffing.end_scaling(turn, ok=False, reason="a reload came between")
     generation.deadline = turn.now + generation.limits.ready_timeout
-    turn.effects.append(m.Progress(promote.operations, PromotePhase.ROLLING))
+    turn.effects.append(m.Progress(promote.operations, PromotePhase.ROLLING, generation.id))
 
 
 def is_complete(turn: Turn, promote: m.Promote, generation: m.Generation) -> bool:

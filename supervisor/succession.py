@@ -72,7 +72,7 @@ def _start_change(turn: Turn, change: m.Change) -> None:
     generation.deadline = turn.now + PREPARE_TIMEOUT_S
     turn.state.generations[generation.id] = generation
     turn.state.change, turn.state.recover_at = change, None
-    turn.effects += [m.Progress(change.operations, change.phase), m.Prepare(generation.id)]
+    turn.effects += [m.Progress(change.operations, change.phase, generation.id), m.Prepare(generation.id)]
 
 
 def prepared(turn: Turn, event: m.Prepared) -> None:
@@ -184,7 +184,7 @@ def discard_asked(turn: Turn, event: m.DiscardAsked) -> None:
 
 def _progress(turn: Turn, change: m.Change, phase: ChangePhase) -> None:
     change.phase = phase
-    turn.effects.append(m.Progress(change.operations, phase))
+    turn.effects.append(m.Progress(change.operations, phase, change.generation))
 
 
 def start_queued(turn: Turn) -> None:

@@ -376,6 +376,32 @@ def reload_in_background(master: Segue) -> subprocess.Popen[bytes]:
     )
 
 
+def test_what_waited_for_its_turn_is_not_done_because_an_interrupted_promote_is(application) -> None:
+    """A rollback is cut short and finished by the next master; the reload that waited for it has never begun."""
+    serve = (*SERVE, "--park-for", "120", "--probation", "0")
+    directory = application("1")
+    with on_a_port(*serve, cwd=directory) as (master, port):
+        old = master.worker_pids()
+        application("2")
+        master.reload("--wait", "drained")
+        os.kill(old[0], signal.SIGSTOP)  # so that the rollback is not done yet
+        _, rollback = master.call("POST", f"{HOT}/rollback?wait=0")
+        _, reload = master.call("POST", f"{HOT}/reload?wait=0")
+        master.wait_status(
+            lambda s: [each["phase"] for each in s["reloads"][-2:]] == ["activate", "queued"]
+        )
+        os.kill(old[0], signal.SIGCONT)
+        with taken_over(master, *serve, cwd=directory, port=port) as again:
+            status = again.wait_status(lambda s: s["current"] == 1)
+            told = {each["number"]: each for each in status["reloads"]}
+            assert told[rollback["id"]]["outcome"] == "ok"
+            assert told[rollback["id"]]["generation"] == 1
+            assert told[reload["id"]]["outcome"] == "refused"
+            assert "the master ended before it was done" in told[reload["id"]]["reason"]
+            assert set(again.worker_pids()) == set(old)
+            again.stop()
+
+
 def test_a_master_that_was_stopped_and_wakes_after_another_took_over_does_no_harm(application) -> None:
     directory = application("1")
     with on_a_port(*SERVE, "--heartbeat-timeout", "2", cwd=directory) as (master, port):
