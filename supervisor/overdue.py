@@ -139,6 +139,6 @@ def _check_heartbeat(turn: Turn, generation: m.Generation, worker: m.Worker) -> 
         probation.found(turn, generation, f"worker {worker.id}: {reason}")
         staffing.replace(turn, generation, worker, reason)
     elif reports.comes(turn, generation) and worker.state in {WorkerState.READY, WorkerState.ACTIVE}:
-        promotion.fail(turn, generation, f"worker {worker.id}: {reason}")
+        promotion.fail(turn, generation, f"worker {worker.id}: {reason}", by=worker)
     else:
         turn.kill(generation, worker, reason)

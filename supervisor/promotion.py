@@ -48,9 +48,19 @@ def asked(turn: Turn, event: m.PromoteAsked) -> None:
     if number in able:
         able[number].limits = as_asked(event, able[number].limits)
         begin(turn, able[number], PromoteKind.PROMOTE, (event.operation,))
+        _note_strategy(turn, event, able[number])
     else:
         none = "; ".join(filter(None, ("no generation is staged", turn.state.staged_lost)))
         refuse(turn, event.operation, number, able, none=none, wrong="not to be promoted")
+
+
+def _note_strategy(turn: Turn, event: m.PromoteAsked, generation: m.Generation) -> None:
+    """What runs already, beside what serves, has nothing to wait for: whoever named a strategy is told."""
+    promote = turn.state.promote
+    if promote is None or event.strategy in {None, promote.strategy} or not turn.state.serving:
+        return
+    promote.note = f"all its workers run already: it takes over at once, and not by strategy {event.strategy}"
+    turn.say("warning", "strategy-without-effect", generation, None, reason=promote.note)
 
 
 def as_asked(asked: m.Change | m.PromoteAsked, limits: m.Limits) -> m.Limits:
@@ -199,7 +209,7 @@ def _muster(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     if missing > 0:
         if generation.deadline is None:
             generation.deadline = turn.now + generation.limits.ready_timeout
-            turn.effects.append(m.Progress(promote.operations, "boot"))
+            turn.effects.append(m.Progress(promote.operations, "boot", generation.id))
         for _ in range(missing):
             turn.spawn(generation, gated=True)
     elif not booting:
@@ -216,7 +226,7 @@ def _activate(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     promote.phase, promote.watch = PromotePhase.ACTIVATE, None
     turn.move(generation, GenerationState.ACTIVATING)
     generation.deadline = None
-    turn.effects.append(m.Progress(promote.operations, PromotePhase.ACTIVATE))
+    turn.effects.append(m.Progress(promote.operations, PromotePhase.ACTIVATE, generation.id))
     seconds = probation.watch_s(turn, generation)
     for worker in staffing.able(turn, generation):
         turn.activate(generation, worker, seconds)
@@ -235,7 +245,7 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
     back = promote.kind is PromoteKind.ROLLBACK
     probation.end(turn, Outcome.ROLLED_BACK if back else Outcome.SUPERSEDED, promote.because)
     turn.move(generation, GenerationState.ACTIVE)
-    if state.current == generation.id:
+    if back:
         generation.missing = 0  # what it lacks is tried one by one
     state.current = generation.id
     state.recover_streak = generation.streak = 0
@@ -245,8 +255,9 @@ def _commit(turn: Turn, promote: m.Promote, generation: m.Generation) -> None:
         turn.say("warning", "rolled-back", generation, None, previous=previous.id, reason=promote.because)
         state.drained_watch.pop(previous.id, None)  # what it took over from serves again
         turn.effects.append(m.RolledBack(previous.id, generation.id, promote.because))
+    result = {"notes": [promote.note]} if promote.note else None
     for operation in promote.operations:
-        turn.settle(operation, ok=True, generation=generation.id)
+        turn.settle(operation, ok=True, generation=generation.id, result=result)
     if state.scaling is not None:
         staffing.end_scaling(
             turn, ok=False, reason="a reload came between; the new generation has its own number of workers"
@@ -291,12 +302,17 @@ def _watch_drained(turn: Turn, generation: m.Generation) -> None:
     )
 
 
-def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") -> None:
-    """It does not come: whoever asked is told at once, and what was begun is taken back."""
+def fail(
+    turn: Turn, generation: m.Generation, reason: str, output: str = "", by: m.Worker | None = None
+) -> None:
+    """It does not come: whoever asked is told at once, and what was begun is taken back.
+
+    `by`: the worker whose fault that is, if it still lives.
+    """
     state = turn.state
     operations: tuple[int, ...] = ()
     change, promote = state.change, state.promote
-    if promote is not None and promote.generation == generation.id and _goes_short(turn, promote, reason):
+    if promote is not None and promote.generation == generation.id and _goes_short(turn, promote, reason, by):
         return
     if change is not None and change.generation == generation.id:
         state.change = None
@@ -326,14 +342,20 @@ def fail(turn: Turn, generation: m.Generation, reason: str, output: str = "") ->
         _go_on(turn, state.generations[promote.previous], generation)
 
 
-def _goes_short(turn: Turn, promote: m.Promote, reason: str) -> bool:
-    """Whether what serves nobody any more serves again with those workers that it has: `check` sees to that."""
+def _goes_short(turn: Turn, promote: m.Promote, reason: str, by: m.Worker | None) -> bool:
+    """Whether what has served before serves again with those workers that it has: `check` sees to that."""
     generation, able = turn.state.generations[promote.generation], []
-    if generation.id == turn.state.current and promote.phase is PromotePhase.MUSTER:
+    if promote.may_go_short and promote.phase is PromotePhase.MUSTER:
         able = staffing.able(turn, generation)
+    elif promote.may_go_short and promote.phase is PromotePhase.ACTIVATE:
+        able = generation.having(m.TAKING_PART)
+    able = [worker for worker in able if worker is not by]
     if not able or turn.state.stopping is not None:
         return False
+    if by is not None:
+        turn.kill(generation, by, reason)
     generation.missing, generation.deadline = generation.target - len(able), None
+    promote.note = f"{len(able)} of its {generation.target} workers serve, since {reason}"
     turn.say("warning", "generation-short", generation, None, reason=reason, missing=generation.missing)
     for worker in generation.having(frozenset({WorkerState.BOOTING})):
         turn.terminate(generation, worker, "its generation serves without it")

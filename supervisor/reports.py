@@ -39,7 +39,7 @@ def activated(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.W
     if event.error:
         reason = f"worker {worker.id} could not be activated: {event.error}"
         if comes(turn, generation):
-            promotion.fail(turn, generation, reason)
+            promotion.fail(turn, generation, reason, by=worker)
         else:
             turn.kill(generation, worker, reason)
             staffing.start_failed(turn, generation, worker, reason)
@@ -150,7 +150,7 @@ def drain_told(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.
     if change is not None and (generation.id, worker.id) in change.pending:
         operator_drain.end(turn, ok=False, reason=reason)
     if comes(turn, generation) and worker.state in m.TAKING_PART:
-        promotion.fail(turn, generation, reason)
+        promotion.fail(turn, generation, reason, by=worker)
     elif worker.state is WorkerState.ACTIVATING:
         turn.kill(generation, worker, reason)
         staffing.start_failed(turn, generation, worker, reason)
@@ -209,7 +209,8 @@ def code_changed(turn: Turn, generation: m.Generation, worker: m.Worker, event: 
     else:
         del generation.workers[worker.id]
     if comes(turn, generation):
-        promotion.fail(turn, generation, event.what)
+        advice = "; put that code back and try again, or reload" if generation.served_until else ""
+        promotion.fail(turn, generation, event.what + advice)
     if not turn.serves(generation):
         return
     reason = f"{event.what}; run a reload to move to the new code"

@@ -115,6 +115,13 @@ class Promote(msgspec.Struct):
     until: float | None = None
     """So long the promote waits, while a canary serves."""
     waited: bool = False
+    note: str = ""
+    """What whoever waits for it should know, though it has succeeded."""
+
+    @property
+    def may_go_short(self) -> bool:
+        """Whether fewer workers than it shall have are enough: some that work are better than what is gone back from."""
+        return self.kind is PromoteKind.ROLLBACK and self.strategy is Strategy.SURGE
 
     @property
     def is_mixed(self) -> bool:

@@ -259,6 +259,18 @@ class Segue:
     def command(self, *arguments: str, timeout: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         return segue(*arguments, "--runtime-dir", self.runtime_dir, "--name", self.name, timeout=timeout)
 
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        """A command that runs beside the test."""
+        place = ("--runtime-dir", self.runtime_dir, "--name", self.name)
+        return subprocess.Popen(
+            [sys.executable, "-m", "segue.supervisor.cli", *arguments, *place],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(PYTHONPATH=str(ROOT)),
+        )
+
     def reload(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`segue reload`, which must succeed."""
         done = self.command("reload", *arguments)

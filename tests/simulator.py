@@ -531,7 +531,7 @@ class World:
                 self.answers[operation] = effect
                 truth.settled(self, effect, effects)
             case m.Promoted(generation):
-                truth.promoted(self, before, effect)
+                truth.promoted(self, before, effect, effects)
                 self.promoted.append(generation)
                 self.undrained.add(generation)
                 back = any(isinstance(each, m.RolledBack) for each in effects)

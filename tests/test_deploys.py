@@ -287,23 +287,58 @@ def test_drained_does_not_mean_ended(application) -> None:
         master.stop()
 
 
-def test_a_parked_generation_that_lost_a_worker_is_not_served_short(application) -> None:
+def test_a_parked_generation_that_lost_a_worker_is_filled_up_before_it_serves(application) -> None:
     with (
         supervised("shop:app", "--workers", "2", *KEEP, cwd=application("1")) as master,
         Client(master.port) as client,
     ):
-        directory = application("1")
         old = master.worker_pids()
         master.reload("--wait", "drained")  # the same code: a refill is possible
-        os.kill(old[0], 9)
+        os.kill(old[0], signal.SIGKILL)
         master.output.wait_for(r"worker=1 .*SIGKILL")
         done = master.command("rollback")
-        if done.returncode == 0:
-            assert len(master.worker_pids()) == 2
-        else:
-            assert "worker" in done.stderr
+        assert done.returncode == 0, done.stderr
+        assert len(master.worker_pids()) == 2
+        assert old[1] in master.worker_pids()
         assert client.get("/")[2] == b"1"
-        assert directory.exists()
+        master.stop()
+
+
+def test_what_hangs_in_a_parked_generation_whose_code_is_gone_does_not_prevent_the_way_back(application) -> None:
+    """Edited in place, one of two hangs: the other has the good code, and that is what counts."""
+    with supervised("shop:app", "--workers", "2", *KEEP, cwd=application("1")) as master:
+        old = master.worker_pids()
+        application("2")
+        master.reload("--wait", "drained")
+        os.kill(old[0], signal.SIGSTOP)
+        with Load(master.port, *LOAD) as load:
+            rollback = master.popen("rollback")
+            status = master.wait_status(lambda s: s["reloads"][-1]["kind"] == "rollback")
+            assert (status["reloads"][-1]["outcome"], status["reloads"][-1]["generation"]) == (None, 1)
+            output, notes = rollback.communicate(timeout=60)
+            assert rollback.returncode == 0, notes
+            assert "generation 1 serves again" in output
+            assert "note: 1 of its 2 workers serve, since worker 1 could not be activated" in notes
+            load.nothing_lost()
+        master.output.wait_for("generation-short .*run a reload to move to the new code")
+        assert master.worker_pids() == [old[1]]
+        assert master.current()["workers_missing"] == 1
+        with Client(master.port) as client:
+            assert client.get("/")[2] == b"1"
+        master.stop()
+
+
+@pytest.mark.parametrize("strategy", ["rolling", "replace"])
+def test_a_strategy_that_comes_too_late_for_what_is_staged_is_told(application, strategy: str) -> None:
+    with supervised("shop:app", "--workers", "2", cwd=application("1")) as master:
+        application("2")
+        stage(master)
+        done = master.command("promote", "--strategy", strategy)
+        assert done.returncode == 0, done.stderr
+        assert f"note: all its workers run already: it takes over at once, and not by strategy {strategy}" in (
+            done.stderr
+        )
+        assert "generation 2 serves" in done.stdout
         master.stop()
 
 

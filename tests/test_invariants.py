@@ -292,7 +292,7 @@ def test_a_promote_before_all_have_confirmed_is_found() -> None:
     world = reloaded()
     world.of(2)[0].mode = "ready"
     with pytest.raises(AssertionError, match="promoted unconfirmed"):
-        truth.promoted(world, world.state, m.Promoted(2, None))
+        truth.promoted(world, world.state, m.Promoted(2, None), [])
 
 
 @pytest.mark.parametrize(("served", "cut"), [(False, False), (True, True)])

@@ -10,7 +10,7 @@ from simulator import LIMITS, World
 
 from segue.supervisor import lifecycle, promotion, turn
 from segue.supervisor import model as m
-from segue.supervisor.model import GenerationState, Verb, WorkerState
+from segue.supervisor.model import GenerationState, Strategy, Verb, WorkerState
 
 
 def started(workers: int = 2, **limits: Any) -> World:
@@ -370,15 +370,73 @@ def test_a_parked_worker_that_dies_is_started_anew_only_for_a_rollback() -> None
     assert len(world.serving()) == 2
 
 
-def test_a_generation_that_lost_a_worker_and_whose_code_is_gone_is_not_gone_back_to() -> None:
+def test_a_generation_that_lost_a_worker_and_whose_code_is_gone_is_gone_back_to_with_the_others() -> None:
     world = reloaded()
     world.crash(world.of(1)[0])
     answer = answered(world, world.rollback())
+    assert answer.ok
+    assert answer.result is not None
+    [note] = answer.result["notes"]
+    assert note.startswith("1 of its 2 workers serve, since the code has changed; put that code back")
+    assert {process.key[0] for process in world.serving()} == {1}
+    world.run(1.0)
+    assert world.state.generations[1].missing == 1
+
+
+def test_a_generation_that_lost_all_workers_and_whose_code_is_gone_is_not_gone_back_to() -> None:
+    world = reloaded()
+    for process in world.of(1):
+        world.crash(process)
+    answer = answered(world, world.rollback())
     assert not answer.ok
-    assert "the code has changed" in answer.reason
+    assert answer.reason == "the code has changed; put that code back and try again, or reload"
     assert {process.key[0] for process in world.serving()} == {2}
     assert state_of(world, 1) is GenerationState.PARKED
     calm(world)
+
+
+@pytest.mark.parametrize("code", ["gone", "there"])
+def test_a_parked_worker_that_hangs_is_gone_back_without(code: str) -> None:
+    world = reloaded()
+    world.hang(world.of(1)[0])
+    if code == "there":
+        world.restore(1)
+    answer = answered(world, world.rollback())
+    assert answer.ok
+    assert answer.result is not None
+    assert "could not be activated" in answer.result["notes"][0]
+    assert {process.key[0] for process in world.serving()} == {1}
+    world.run(5.0)
+    assert len(world.serving()) == (2 if code == "there" else 1)
+
+
+def test_somebody_who_names_a_generation_to_promote_wants_all_of_it() -> None:
+    world = reloaded()
+    world.hang(world.of(1)[0])
+    answer = answered(world, world.promote(1))
+    assert not answer.ok
+    assert {process.key[0] for process in world.serving()} == {2}
+
+
+@pytest.mark.parametrize("strategy", [Strategy.ROLLING, Strategy.REPLACE])
+def test_a_strategy_that_can_not_be_had_any_more_is_told(strategy: Strategy) -> None:
+    world = started()
+    staged(world)
+    answer = answered(world, world.promote(strategy=strategy))
+    assert answer.ok
+    assert answer.result is not None
+    [note] = answer.result["notes"]
+    assert note.endswith(f"and not by strategy {strategy}")
+    assert [e.event for e in world.log if isinstance(e, m.Say) and e.event == "strategy-without-effect"]
+    assert answered(world, world.rollback()).result is None
+
+
+def test_what_runs_says_of_which_generation_it_is() -> None:
+    world = started()
+    world.reload()
+    world.run_until(lambda: world.state.promote is not None)
+    told = [each.generation for each in world.log if isinstance(each, m.Progress)][-3:]
+    assert told == [2, 2, 2]
 
 
 def test_a_rollback_that_fails_leaves_the_current_generation_serving() -> None:
@@ -425,9 +483,9 @@ def test_an_answer_to_an_earlier_first_phase_does_not_begin_the_second_of_a_late
     world.reload()
     world.run_until(lambda: world.promoted == [1, 2])
     world.hang(slow)
-    world.rollback()
+    world.promote(1)
     world.run_until(lambda: other.mode == "active")
-    world.crash(other)  # and the rollback fails
+    world.crash(other)  # and the promote fails
     [worker] = [w for w in world.state.generations[1].workers.values() if w.id == slow.key[1]]
     assert (worker.state, worker.quiets_unanswered) == (WorkerState.QUIETING, 2)
     world.put(m.Quieted(*slow.key))

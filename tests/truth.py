@@ -11,14 +11,21 @@ if TYPE_CHECKING:
     from simulator import World
 
 
-def promoted(world: World, before: m.State, effect: m.Promoted) -> None:
-    """All its workers have confirmed; and it has taken over from the one that was current."""
+def promoted(world: World, before: m.State, effect: m.Promoted, effects: list[m.Effect]) -> None:
+    """All its workers have confirmed; and it has taken over from the one that was current.
+
+    What is gone back to may have lost some just now, and says so.
+    """
     generation = before.generations[effect.generation]
     confirmed = [world.processes[generation.id, worker.id] for worker in generation.having(m.TAKING_PART)]
-    assert len(confirmed) >= generation.wanted > 0, "not all of its workers were started"
+    wanted, found = generation.wanted, before is world.state  # by a new master
+    said = any(isinstance(each, m.Say) and each.event == "generation-short" for each in effects)
+    if any(isinstance(each, m.RolledBack) for each in effects) and (said or found):
+        confirmed, wanted = [process for process in confirmed if process.mode == "active"], 1
+    assert len(confirmed) >= wanted > 0, "not all of its workers were started"
     assert all(process.mode == "active" for process in confirmed), f"promoted unconfirmed; {world.describe()}"
     expected = before.current if before.current != effect.generation else None
-    if before is not world.state:  # else a new master has found it so
+    if not found:
         assert effect.previous == expected, f"{effect}, and {before.current} was the current one"
 
 
