@@ -304,7 +304,9 @@ def test_a_parked_generation_that_lost_a_worker_is_filled_up_before_it_serves(ap
         master.stop()
 
 
-def test_what_hangs_in_a_parked_generation_whose_code_is_gone_does_not_prevent_the_way_back(application) -> None:
+def test_what_hangs_in_a_parked_generation_does_not_prevent_the_way_back(
+    application,
+) -> None:
     """Edited in place, one of two hangs: the other has the good code, and that is what counts."""
     with supervised("shop:app", "--workers", "2", *KEEP, cwd=application("1")) as master:
         old = master.worker_pids()
@@ -335,8 +337,9 @@ def test_a_strategy_that_comes_too_late_for_what_is_staged_is_told(application, 
         stage(master)
         done = master.command("promote", "--strategy", strategy)
         assert done.returncode == 0, done.stderr
-        assert f"note: all its workers run already: it takes over at once, and not by strategy {strategy}" in (
-            done.stderr
+        assert (
+            f"note: all its workers run already: it takes over at once, and not by strategy {strategy}"
+            in done.stderr
         )
         assert "generation 2 serves" in done.stdout
         master.stop()

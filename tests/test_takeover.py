@@ -387,9 +387,7 @@ def test_what_waited_for_its_turn_is_not_done_because_an_interrupted_promote_is(
         os.kill(old[0], signal.SIGSTOP)  # so that the rollback is not done yet
         _, rollback = master.call("POST", f"{HOT}/rollback?wait=0")
         _, reload = master.call("POST", f"{HOT}/reload?wait=0")
-        master.wait_status(
-            lambda s: [each["phase"] for each in s["reloads"][-2:]] == ["activate", "queued"]
-        )
+        master.wait_status(lambda s: [each["phase"] for each in s["reloads"][-2:]] == ["activate", "queued"])
         os.kill(old[0], signal.SIGCONT)
         with taken_over(master, *serve, cwd=directory, port=port) as again:
             status = again.wait_status(lambda s: s["current"] == 1)
