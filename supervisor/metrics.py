@@ -107,7 +107,9 @@ FAMILIES: dict[str, Family] = {
         "counter", "Everything that was asked of the master, by outcome.", ("kind", "outcome")
     ),
     "segue_service_swaps": Family(
-        "counter", "Swaps of a service in all workers, by outcome.", ("service", "outcome")
+        "counter",
+        "Swaps of a service in all workers, by outcome; those of a name that no worker knows are among the operations only.",
+        ("service", "outcome"),
     ),
     "segue_worker_restarts": Family(
         "counter",

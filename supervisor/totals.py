@@ -98,6 +98,8 @@ class Totals:
         self._instance = instance
         self.written = written or Written()
         self._last: dict[Key, Figures] = {}
+        self._services: set[str] = set()
+        """Names that a worker has said it has; those that somebody asks for are as many as one likes."""
         for key in set(instance.figures_keys()) - set(living):
             self.worker_ended(key)
 
@@ -106,6 +108,7 @@ class Totals:
         found = figures.read(self._instance.worker_figures(*key))
         if found is not None:
             self._last[key] = found
+            self._services.update(found.leases)
         return self._last.get(key)
 
     def counts(self, living: Iterable[Figures]) -> Counts:
@@ -130,13 +133,22 @@ class Totals:
         """It has its outcome."""
         outcome = "ok" if operation.ok else "refused"
         _increment(self.written.operations, operation.kind, outcome)
-        if operation.service:
+        if operation.service and (operation.ok or self._is_known(operation.service)):
             _increment(self.written.swaps, operation.service, outcome)
         if operation.kind == "reload":
             durations = self.written.reloads.setdefault(outcome, Durations.none())
             seconds = sum(operation.phases.values())
             durations.buckets[bisect_left(RELOAD_BOUNDS_S, seconds)] += 1
             durations.seconds += seconds
+
+    def _is_known(self, service: str) -> bool:
+        """Whether there is such a service: each label of a metric is kept for good, in the journal too."""
+        if service not in self.written.swaps and service not in self._services:
+            with contextlib.suppress(OSError):  # the directory may be gone
+                for key in self._instance.figures_keys():
+                    found = figures.read(self._instance.worker_figures(*key))
+                    self._services.update(found.leases if found is not None else ())
+        return service in self.written.swaps or service in self._services
 
     def probation_ended(self, outcome: str) -> None:
         """A generation is watched no more."""

@@ -316,6 +316,19 @@ def test_services_are_there_with_their_leases_and_metrics() -> None:
         assert value(scrape(master), "segue_service_swaps_total", **labels) == 1, document
 
 
+def test_a_mistyped_name_of_a_service_is_no_label() -> None:
+    with supervised("app:app", cwd=ROOT / "examples" / "quotes") as master:
+        for name in ("price", "quote", "x" * 60):
+            assert master.call("POST", f"{HOT}/reload/{name}")[0] == 404
+        assert master.call("POST", f"{HOT}/reload/prices?per_euro=-1")[0] == 409
+        found = scrape(master)
+        labels = {dict(each).get("service") for name, each in found if name == "segue_service_swaps_total"}
+        assert labels == {"prices", "quotes"}
+        refused = {"kind": "swap", "outcome": "refused"}
+        assert value(found, "segue_operations_total", **refused) == 4
+        assert value(found, "segue_service_swaps_total", service="prices", outcome="refused") == 1
+
+
 def test_messages_of_the_agent_protocol_are_counted_over_new_beginnings() -> None:
     followed = Followed()
     assert [followed.now(each) for each in (3, 5, 2, 2, 0, 4)] == [3, 5, 7, 7, 7, 11]
