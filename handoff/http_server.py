@@ -33,7 +33,7 @@ WRITE_TIMEOUT_S = 30.0
 MAX_CONNECTIONS = 256
 """On one socket at a time, callers that wait for an outcome included."""
 MAX_AGE_S = 3600.0
-"""An older connection is closed with its next answer."""
+"""An older connection is closed with its next answer, and what it follows ends: whoever wants more asks again."""
 LINGER_S = 2.0
 """How long, and how much, is still read of a request that was refused before its end."""
 LINGER_BYTES = 4 * 1024 * 1024
@@ -192,12 +192,15 @@ async def _serve_connection(caller: _Caller, handler: Handler, admit: Admit | No
             response = problem(500, f"a mistake in segue: {type(error).__name__}; its log says more")
         head_only = request.method == "HEAD"
         if response.stream is not None and not head_only:
-            await _stream(caller.reader, writer, connection, response, response.stream)
+            await _stream(caller.reader, writer, connection, response, response.stream, until)
             return
         await _write(writer, connection, response, close=time.monotonic() >= until, head_only=head_only)
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
         connection.start_next_cycle()
+        await asyncio.sleep(
+            0
+        )  # requests that are here already wait for nothing: others have their turn between them
 
 
 async def _drain(writer: asyncio.StreamWriter) -> None:
@@ -303,8 +306,9 @@ async def _stream(
     connection: h11.Connection,
     response: Response,
     pieces: AsyncIterator[bytes],
+    until: float,
 ) -> None:
-    """Send what comes for as long as somebody is there to read it; the connection ends with it."""
+    """Send what comes for as long as somebody is there to read it, and not for ever; the connection ends with it."""
     headers = [*response.headers, ("Content-Type", response.content_type), ("Connection", "close")]
     writer.write(connection.send(h11.Response(status_code=response.status, headers=headers)) or b"")
     await _drain(writer)
@@ -313,8 +317,6 @@ async def _stream(
         async for piece in pieces:
             writer.write(connection.send(h11.Data(data=piece)) or b"")
             await _drain(writer)
-        writer.write(connection.send(h11.EndOfMessage()) or b"")
-        await _drain(writer)
 
     async def read() -> None:
         while await reader.read(_READ_BYTES):
@@ -322,13 +324,18 @@ async def _stream(
 
     sending, gone = asyncio.ensure_future(send()), asyncio.ensure_future(read())
     try:
-        await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        left = max(0.0, until - time.monotonic())
+        await asyncio.wait({sending, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if sending.done():
             sending.result()
     finally:
+        ended = sending.done() or not gone.done()
         sending.cancel()
         gone.cancel()
         await asyncio.gather(sending, gone, return_exceptions=True)
+    if ended:
+        writer.write(connection.send(h11.EndOfMessage()) or b"")
+        await _drain(writer)
 
 
 def _peer(writer: asyncio.StreamWriter) -> _Peer:

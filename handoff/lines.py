@@ -60,6 +60,21 @@ def sayable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def quoted(value: object) -> str:
+    """What stands after ``key=`` in a line for a person.
+
+    Some of it may be a stranger's: it neither begins a line of its own nor tells a terminal what to do.
+    """
+    text = str(value).replace("\n", "; ")
+    if not text.isprintable():
+        text = "".join(
+            each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+        )
+    if not text or any(character in ' "=' for character in text):
+        return '"' + text.replace('"', "'") + '"'
+    return text
+
+
 class _Line(msgspec.Struct, frozen=True):
     """What a person wants to see of a line of JSON."""
 

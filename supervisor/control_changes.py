@@ -16,6 +16,8 @@ from segue.supervisor.room import too_many
 from segue.supervisor.status import status
 
 MAX_SWAPS_WAITING = 100
+_MAX_ASKED_BY = 100
+"""Characters: it stands in the log, in the status and in the journal."""
 _NOT_FOR_SERVICES = frozenset({"*", "wait", "until"})
 """Query parameters of a swap that are ours; the others are the service's."""
 
@@ -194,4 +196,5 @@ def _location(operation: Operation) -> dict[str, str]:
 def _who(request: Request) -> str:
     if request.peer_pid is None:
         return "admin listener"
-    return request.headers.get("x-segue-asked-by") or f"pid {request.peer_pid}"
+    said = request.headers.get("x-segue-asked-by", "")[:_MAX_ASKED_BY]
+    return said if said and said.isprintable() else f"pid {request.peer_pid}"

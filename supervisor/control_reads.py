@@ -25,7 +25,8 @@ class Reads:
 
     def __init__(self, master: Master) -> None:
         self._master = master
-        self._followers = 0
+        self._followers = {True: 0, False: 0}
+        """By whether they are trusted: who isn't keeps nobody out who is."""
         self._watching = Watching(lambda: status(master), without_output, master.events.changed)
 
     def routes(self) -> list[Route]:
@@ -124,7 +125,7 @@ class Reads:
         if EVENT_STREAM not in request.headers.get("accept", ""):
             kept = events.after(number)[-count:] if count else []
             return Response(200, b'{"events":[' + b",".join(line for _, line in kept) + b"]}\n")
-        return self._stream(events.stream(number, count))
+        return self._stream(request, events.stream(number, count))
 
     def _may_see_output(self, request: Request) -> bool:
         """Whoever may steer; in development mode everybody: a token would be too much on a laptop."""
@@ -132,23 +133,23 @@ class Reads:
 
     async def _watch(self, request: Request) -> Response:
         """The status, and again with everything that happens."""
-        answer = self._stream(self._watching.stream(self._may_see_output(request)))
+        answer = self._stream(request, self._watching.stream(self._may_see_output(request)))
         if answer.stream is not None and (task := asyncio.current_task()) is not None:
             task.set_name("control-watch")  # which has no end that an exiting master could wait for
         return answer
 
-    def _stream(self, pieces: AsyncIterator[bytes]) -> Response:
-        if self._followers >= MAX_FOLLOWERS:
+    def _stream(self, request: Request, pieces: AsyncIterator[bytes]) -> Response:
+        if self._followers[request.trusted] >= MAX_FOLLOWERS:
             return problem(503, f"{MAX_FOLLOWERS} callers follow already", {"Retry-After": "10"})
-        return Response(200, b"", EVENT_STREAM, _NO_STORE, self._follow(pieces))
+        return Response(200, b"", EVENT_STREAM, _NO_STORE, self._follow(pieces, request.trusted))
 
-    async def _follow(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        self._followers += 1
+    async def _follow(self, pieces: AsyncIterator[bytes], trusted: bool) -> AsyncIterator[bytes]:
+        self._followers[trusted] += 1
         try:
             async for piece in pieces:
                 yield piece
         finally:
-            self._followers -= 1
+            self._followers[trusted] -= 1
 
     async def _logs(self, request: Request) -> Response:
         """What workers printed while they started: those that live, and the last that failed."""

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from segue.handoff.http_client import CallError, follow
+from segue.handoff.lines import quoted
 from segue.handoff.messages import HOT
 from segue.supervisor.instance import Instance, InstanceError
 
@@ -27,7 +28,7 @@ def line_of(event: dict[str, Any]) -> str:
     """One event as the log writes it, with colours."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
     level = event["level"]
-    words = [f"{click.style(f'{key}=', dim=True)}{_quoted(value)}" for key, value in event["fields"].items()]
+    words = [f"{click.style(f'{key}=', dim=True)}{quoted(value)}" for key, value in event["fields"].items()]
     head = [
         click.style(stamp, dim=True),
         click.style(f"{level.upper():<7}", fg=_COLOURS.get(level)),
@@ -36,13 +37,6 @@ def line_of(event: dict[str, Any]) -> str:
     lines = [" ".join([*head, *words])]
     lines += [click.style("    | ", dim=True) + line for line in event.get("output", "").splitlines()]
     return "\n".join(lines)
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    if not text or any(character.isspace() or character in '"=' for character in text):
-        return '"' + text.replace('"', "'").replace("\n", "; ") + '"'
-    return text
 
 
 async def events_of(instance: Instance, after: str | None, last: int) -> AsyncIterator[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Log:
             written = [_fitting(level, {"event": event} | told)]
         else:
             output = str(fields.pop("output", "") or "")
-            words = [f"{key}={_quoted(value)}" for key, value in fields.items()]
+            words = [f"{key}={lines.quoted(value)}" for key, value in fields.items()]
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             written = [f"{stamp} {level.upper():<7} segue: {event} {' '.join(words)}".rstrip()]
             written += [f"    | {line}" for line in output.splitlines()]
@@ -104,10 +104,3 @@ def _fitting(level: str, fields: dict[str, object]) -> str:
 
 def _rounded(value: object) -> object:
     return round(value, 3) if isinstance(value, float) else value
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    if not text or any(character.isspace() or character in '"=' for character in text):
-        return '"' + text.replace('"', "'").replace("\n", "; ") + '"'
-    return text

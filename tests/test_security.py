@@ -12,19 +12,32 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenario import HOT, ROOT, TOKEN, Segue, environment, free_port, made_directory, segue, supervised
+from scenario import (
+    HOT,
+    ROOT,
+    TOKEN,
+    Segue,
+    environment,
+    free_port,
+    made_directory,
+    segue,
+    supervised,
+    unix_call,
+)
 
 from segue.handoff import adoption, http_server, relay
 from segue.handoff.browser import misdirected
-from segue.handoff.http import Request, Response, json_response
+from segue.handoff.http import Handler, Request, Response, json_response
 from segue.handoff.notify import NotifySocket
+from segue.supervisor.control_reads import MAX_FOLLOWERS
 
 RELOAD = f"{HOT}/reload"
 
@@ -186,34 +199,106 @@ def test_a_body_is_not_waited_for_of_who_may_not_ask_anyway(application, token_f
         master.stop()
 
 
-def test_a_request_that_does_not_come_whole_is_given_up() -> None:
-    """With the limit cut short: the server in this process, on a socket of its own."""
-
-    async def scenario() -> tuple[bytes, bytes]:
-        sock = socket.socket(socket.AF_UNIX)
-        path = os.path.join(made_directory("segue-s-"), "s")
-        sock.bind(path)
-        sock.listen()
-        sock.setblocking(False)
-
-        async def handler(_: Request) -> Response:
-            return json_response({})
-
-        server = await http_server.serve(sock, handler)
-        answers = []
-        for sent in (b"GET / HTTP/1.1\r\nHos", b""):
-            reader, writer = await asyncio.open_unix_connection(path)
-            writer.write(sent)
-            answers.append(await reader.read())
-            writer.close()
+@contextlib.asynccontextmanager
+async def served(handler: Handler) -> AsyncIterator[str]:
+    """The server in this process, with limits cut short, on a socket of its own."""
+    sock = socket.socket(socket.AF_UNIX)
+    path = os.path.join(made_directory("segue-s-"), "s")
+    sock.bind(path)
+    sock.listen()
+    sock.setblocking(False)
+    server = await http_server.serve(sock, handler)
+    try:
+        yield path
+    finally:
         server.close()
+
+
+async def nothing(_: Request) -> Response:
+    return json_response({})
+
+
+def test_a_request_that_does_not_come_whole_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> tuple[bytes, bytes]:
+        answers = []
+        async with served(nothing) as path:
+            for sent in (b"GET / HTTP/1.1\r\nHos", b""):
+                reader, writer = await asyncio.open_unix_connection(path)
+                writer.write(sent)
+                answers.append(await reader.read())
+                writer.close()
         return answers[0], answers[1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_server, "READ_TIMEOUT_S", 0.2)
-        slow, silent = asyncio.run(scenario())
+    monkeypatch.setattr(http_server, "READ_TIMEOUT_S", 0.2)
+    slow, silent = asyncio.run(scenario())
     assert slow.startswith(b"HTTP/1.1 408")
     assert silent == b""
+
+
+def test_who_sends_many_requests_at_once_takes_turns_with_others() -> None:
+    async def scenario() -> list[str]:
+        asked: list[str] = []
+
+        async def handler(request: Request) -> Response:
+            asked.append(request.path)
+            return json_response({})
+
+        async with served(handler) as path:
+            greedy, other = [await asyncio.open_unix_connection(path) for _ in range(2)]
+            greedy[1].write(b"GET /greedy HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            other[1].write(b"GET /other HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            await other[0].read()
+            greedy[1].close()
+            other[1].close()
+        return asked
+
+    asked = asyncio.run(scenario())
+    assert "/greedy" in asked
+    assert asked.index("/other") < 100
+
+
+def test_what_is_followed_ends_when_the_connection_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"first"
+        await asyncio.Event().wait()
+
+    async def handler(_: Request) -> Response:
+        return Response(200, stream=pieces())
+
+    async def scenario() -> bytes:
+        async with served(handler) as path:
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            async with asyncio.timeout(60):
+                answer = await reader.read()
+            writer.close()
+            return answer
+
+    monkeypatch.setattr(http_server, "MAX_AGE_S", 0.2)
+    answer = asyncio.run(scenario())
+    assert b"first" in answer
+    assert answer.endswith(b"\r\n0\r\n\r\n"), "it ends as it should, and isn't broken off"
+
+
+def test_who_follows_without_a_token_keeps_nobody_out_who_has_it(application, token_file) -> None:
+    port = free_port()
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    watch = f"GET {HOT}/watch HTTP/1.1\r\nHost: localhost\r\n".encode()
+    bearer = f"Authorization: Bearer {TOKEN}\r\n".encode()
+    with supervised("shop:app", *flags, cwd=application("1")) as master, contextlib.ExitStack() as stack:
+
+        def follow(address: str | int, head: bytes) -> bytes:
+            sock = stack.enter_context(dial(address))
+            sock.sendall(head + b"\r\n")
+            return sock.recv(12)
+
+        for _ in range(MAX_FOLLOWERS):
+            assert follow(port, watch) == b"HTTP/1.1 200"
+        assert follow(port, watch) == b"HTTP/1.1 503"
+        assert follow(port, watch + bearer) == b"HTTP/1.1 200"
+        assert follow(master.control, watch) == b"HTTP/1.1 200"
+        stack.close()
+        master.stop()
 
 
 # ------------------------------------------------------------------------------------------------------------- who may
@@ -291,6 +376,25 @@ def test_the_token_is_nowhere_but_in_its_file(application, token_file) -> None:
             seen.append(Path(f"/proc/{pid}/environ").read_text())
         seen.append(Path(master.directory, "journal").read_text())
         assert not [text for text in seen if TOKEN in text]
+        master.stop()
+
+
+def test_what_a_caller_says_cannot_pass_for_a_line_of_the_log_or_steer_a_terminal() -> None:
+    with supervised("app:app", "--log-format", "text", cwd=ROOT / "examples" / "quotes") as master:
+        said = quote("\x1b[2J\x9b2J\r\n2026-01-01 ERROR segue: made up\x85\u2028\u202e")
+        assert master.call("POST", f"{HOT}/reload/prices?{said}=1")[0] == 400
+        for who in ("\x9b2J", "x" * 5000):
+            headers = {"X-Segue-Asked-By": who}
+            assert unix_call(master.control, "POST", f"{HOT}/drain/stop", headers=headers)[0] == 200
+        (line,) = master.output.wait_for(".*made up.*")
+        assert r"\x1b[2J" in line
+        read = master.command("events").stdout
+        assert "made up" in read
+        for text in (master.output.text, read):
+            assert not [
+                line for line in text.split("\n") if not line.isprintable() or line.startswith("2026-01-01")
+            ]
+            assert "x" * 200 not in text
         master.stop()
 
 
