@@ -49,6 +49,8 @@ class Journal:
         encoded = {key: msgspec.json.encode(value) for key, value in values.items()}
         changed = {key: data for key, data in encoded.items() if self._values.get(key) != data}
         dropped = tuple(key for key in self._values if key not in encoded)
+        if self._fd is not None and not self._is_in_place(self._fd):
+            self.close()  # somebody has removed it: the next master would find nothing
         if self._fd is not None and not changed and not dropped:
             return ""
         self._values = encoded
@@ -61,6 +63,12 @@ class Journal:
             self.close()  # what is there may be half a record: the next call writes all of it
             return f"{self._path}: {error.strerror or error}"
         return ""
+
+    def _is_in_place(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.lstat(self._path))
+        except OSError:
+            return False
 
     def _write_anew(self) -> None:
         self.close()

@@ -389,7 +389,7 @@ class Master:
             if (
                 self._journal_error
             ):  # the new master would know nothing of what was decided, or of who waits for this
-                reason = f"the journal can't be written: {self._journal_error}; make room, then try again"
+                reason = f"the journal can't be written: {self._journal_error}; make room, or its directory anew, then try again"
             else:
                 self.log("info", "upgrade", epoch=self.epoch)
                 reason = self._become_new()

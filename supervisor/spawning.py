@@ -8,6 +8,7 @@ when the process is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -178,6 +179,8 @@ def spawn(
         output = os.memfd_create(_BOOT_OUTPUT, os.MFD_CLOEXEC)
         opened.append(output)
         fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
+        if not os.path.exists(spec.notify_socket):  # nobody would hear that it is ready
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), spec.notify_socket)
         control = _control_socket(spec.control_path)
         opened.append(control)
         named = {name: sock.fileno() for name, sock in listeners.items()} | {
@@ -239,6 +242,11 @@ def _explain(python: str, spec: WorkerSpec, error: OSError | ValueError) -> str:
         return f"could not be started: there is no interpreter {python} (see --python)"
     if isinstance(error, OSError) and error.filename == spec.working_dir:
         return f"could not be started: cannot enter {spec.working_dir}: {error.strerror}"
+    if isinstance(error, FileNotFoundError) and error.filename in {spec.control_path, spec.notify_socket}:
+        return (
+            f"could not be started: {error.strerror}: {error.filename}: somebody has removed what this instance needs; "
+            f"'mkdir -pm 0700 {os.path.dirname(error.filename)}', then 'kill -USR2 {os.getpid()}' makes its sockets anew"
+        )
     if isinstance(error, OSError):
         return f"could not be started: {error.strerror}" + (f": {error.filename}" if error.filename else "")
     return f"could not be started: {error}"

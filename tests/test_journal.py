@@ -99,6 +99,16 @@ def test_a_write_that_failed_is_made_good_by_the_next_one(tmp_path: Path) -> Non
     journal.close()
 
 
+def test_one_that_was_removed_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(str(path))
+    assert journal.write({"a": 1}) == ""
+    path.unlink()
+    assert journal.write({"a": 1}) == ""
+    assert read(str(path)) == {"a": b"1"}
+    journal.close()
+
+
 def test_what_there_is_no_room_for_takes_none(tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()  # nothing can be put in its place
     journal = Journal(str(tmp_path / "journal"))

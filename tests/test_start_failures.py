@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import APP
-from scenario import HOT, Client, NotStarted, Segue, made_directory, supervised
+from scenario import HOT, Client, Load, NotStarted, Segue, made_directory, supervised
 
 from bench.users import unprivileged
 
@@ -372,6 +372,38 @@ def test_what_cannot_be_removed_holds_no_end_up(application, name) -> None:
         master.output.wait_for("worker-active generation=1 worker=2")
         master.stop()
         assert "Traceback" not in master.output.text
+
+
+def test_a_runtime_directory_that_was_removed_is_named_and_no_worker_is_left_to_itself(application) -> None:
+    with supervised("shop:app", "--workers", "2", "--no-access-log", cwd=application("1")) as master:
+        pids = master.worker_pids()
+        with Load(master.port, "--keepalive", "5", "--newconn", "2", "--sse", "0") as load:
+            shutil.rmtree(master.directory)
+            master.signal(signal.SIGUSR2)  # the new master would find neither its workers nor who they are
+            master.output.wait_for(
+                "upgrade outcome=refused.*journal: No such file or directory.*directory anew"
+            )
+            master.signal(signal.SIGHUP)
+            master.output.wait_for(
+                f"reload outcome=refused.*mkdir -pm 0700 {master.directory}.*kill -USR2 {master.process.pid}"
+            )
+            load.nothing_lost()
+        os.mkdir(master.directory, 0o700)
+        master.signal(signal.SIGUSR2)
+        master.output.wait_for("upgrade outcome=ok")
+        master.wait_status(lambda status: status["ready"] and not set(pids) & set(master.worker_pids()))
+        master.reload()
+        master.stop()
+
+
+def test_a_socket_that_was_removed_refuses_the_reload_at_once_and_is_made_anew(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        os.unlink(os.path.join(master.directory, "notify.sock"))
+        refused(master, "notify.sock", f"kill -USR2 {master.process.pid}")
+        master.signal(signal.SIGUSR2)
+        master.output.wait_for("upgrade outcome=ok")
+        master.reload()
+        master.stop()
 
 
 # A full disk
