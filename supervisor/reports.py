@@ -63,11 +63,12 @@ def woke_up(turn: Turn, generation: m.Generation, worker: m.Worker, _: m.WorkerE
         turn.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S)
 
 
-def activated_again(_: Turn, __: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
+def activated_again(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
     """The answer to that; if it does not take it, it is as good as hung until it shows again that it is alive."""
     assert isinstance(event, m.Activated)
     if worker.unasked and event.error:
         worker.state = WorkerState.HUNG
+        staffing.replace(turn, generation, worker, event.error)
     worker.unasked = worker.unasked and bool(event.error)
 
 

@@ -11,7 +11,17 @@ from test_lifecycle_probation import outcomes
 from test_lifecycle_promotion import answered, calm, commands, serving, staged, started, state_of
 from test_lifecycle_strategies import most_while, until_phase
 
-from segue.supervisor.model import GenerationState, Outcome, PromotePhase, Strategy, Verb, WorkerState
+from segue.supervisor import lifecycle
+from segue.supervisor.model import (
+    Activated,
+    GenerationState,
+    Outcome,
+    PromotePhase,
+    Spawn,
+    Strategy,
+    Verb,
+    WorkerState,
+)
 
 
 def recorded(workers: int = 2, **limits: object) -> World:
@@ -413,6 +423,18 @@ def test_one_worker_after_the_other_comes_back_though_one_of_them_has_not_ended_
     assert {key[0] for key in serving(world)} == {1}
     world.run(200.0)
     calm(world)
+
+
+def test_who_beats_and_does_not_take_what_the_new_master_tells_it_is_replaced_beside_a_canary_too() -> None:
+    world = recorded(canary=1, canary_for=100.0)
+    world.deploy()
+    world.reload()
+    world.run_until(lambda: world.state.promote is not None and world.state.promote.until is not None)
+    world.state.generations[1].workers[2].unasked = True
+    answer = Activated(generation=1, worker=2, error="no answer in time")
+    state, effects = lifecycle.step(world.state, answer, world.now)
+    assert state.generations[1].workers[2].state is WorkerState.HUNG
+    assert [each.generation for each in effects if isinstance(each, Spawn)] == [1]
 
 
 def left_with_a_silent_leader(world: World) -> Process:
