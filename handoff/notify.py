@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 _MAX_BYTES = 8192
+_MAX_VALUE_BYTES = 3500
+"""Two values that are as long fit into a message."""
 _MOST_AT_ONCE = 1024
 """Datagrams that are taken in one go: more than any queue holds, so that a sender that never pauses holds nobody up."""
 _CREDENTIALS = struct.Struct("3i")
@@ -34,7 +36,7 @@ class Notifier:
     def send(self, fields: Mapping[str, object], fds: Sequence[int] = ()) -> bool:
         """Send ``KEY=value`` lines; False if the receiver is gone or its queue is full."""
         self.full = False
-        text = "\n".join(f"{key}={_one_line(str(value))}" for key, value in fields.items())
+        text = "\n".join(f"{key}={_fitting(str(value))}" for key, value in fields.items())
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             # not socket.send_fds: before Python 3.13 it drops flags and address
@@ -110,8 +112,12 @@ class NotifySocket:
             os.unlink(self.path)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
+def _fitting(text: str) -> str:
+    """In one line, sayable, and not so long that the receiver would drop the message."""
+    data = " ".join(text.splitlines()).encode(errors="backslashreplace")
+    if len(data) <= _MAX_VALUE_BYTES:
+        return data.decode()
+    return data[:_MAX_VALUE_BYTES].decode(errors="ignore") + "…"
 
 
 def _fields(data: bytes) -> dict[str, str]:

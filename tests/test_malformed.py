@@ -22,7 +22,7 @@ from worker_harness import Bench
 
 from segue.handoff import adoption, relay
 from segue.handoff.messages import NotifyKey, WorkerMode
-from segue.handoff.notify import NotifySocket
+from segue.handoff.notify import Notifier, NotifySocket
 from segue.supervisor import journal, memory
 from segue.supervisor.instance import read_owner
 from segue.supervisor.notices import malformed
@@ -81,6 +81,22 @@ def test_each_datagram_is_received_whatever_is_in_it(messages: list[bytes]) -> N
     finally:
         receiver.close()
         os.rmdir(os.path.dirname(path))
+
+
+@pytest.mark.parametrize(
+    "said", ["x" * 5_000_000, "€" * 9000, "a lone \ud800 surrogate", "\U0001f600" * 3000]
+)
+def test_a_reason_arrives_whatever_is_in_it_and_however_long_it_is(said: str) -> None:
+    receiver = NotifySocket(os.path.join(made_directory("segue-f-"), "n"))
+    sender = Notifier(receiver.path)
+    try:
+        assert sender.send({"X_SEGUE_FAILED": said, "STATUS": f"import: {said}"})
+        (told,) = receiver.receive()
+        assert told.fields["X_SEGUE_FAILED"].startswith(said[:7])
+        assert told.fields["STATUS"].startswith("import: ")
+    finally:
+        sender.close()
+        receiver.close()
 
 
 def test_a_datagram_that_is_too_long_is_not_read_in_part() -> None:
