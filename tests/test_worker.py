@@ -503,12 +503,13 @@ def test_a_stop_that_had_to_cut_says_so(bench: Bench) -> None:
     assert worker.stop(timeout=0.3) == 1
 
 
-def test_sigterm_is_a_graceful_stop_and_sigint_is_nothing(bench: Bench) -> None:
+def test_sigterm_is_a_graceful_stop_and_what_is_for_the_master_is_nothing(bench: Bench) -> None:
     import signal
 
     worker = bench.spawn().wait_ready().activate()
-    worker.process.send_signal(signal.SIGINT)
-    assert worker.status().mode == "active"
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        worker.process.send_signal(number)
+        assert worker.status().mode == "active"
     worker.process.send_signal(signal.SIGTERM)
     assert worker.wait() == 0
 

@@ -27,6 +27,8 @@ _BUILTIN = "segue.worker.backend.assembly:app"
 _EXIT_NOT_A_WORKER = 2
 _EXIT_FAILED_START = 3
 _MAX_EXIT_S = 10.0
+_OF_THE_MASTER = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What is for the master to deal with, if it comes to all: Ctrl-C at its terminal, ``systemctl kill -s HUP``."""
 
 
 def main() -> int:
@@ -39,9 +41,8 @@ def main() -> int:
         print(f"segue.worker: started by hand? {type(error).__name__}: {error}", file=sys.stderr)
         return _EXIT_NOT_A_WORKER
     priority = None if spec.in_haste else BootPriority()
-    # Ctrl-C at the master's terminal, or `kill -INT` at its whole group, is the master's to deal with. A handler that
-    # does nothing isn't passed on to the application's own child processes, as SIG_IGN would be.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    for number in _OF_THE_MASTER:
+        signal.signal(number, _leave_to_master)
     os.register_at_fork(after_in_child=_forget_signals)
     telling = Telling(spec.notify_socket, spec.heartbeat_s)
 
@@ -76,11 +77,17 @@ def main() -> int:
     return _EXIT_FAILED_START
 
 
+def _leave_to_master(number: int, frame: object) -> None:
+    """Nothing. Unlike SIG_IGN it isn't passed on to the programs that the application runs."""
+
+
 def _forget_signals() -> None:
     """In a child that the application forks: a SIGTERM for it ends it, instead of telling this worker's loop to stop."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in _OF_THE_MASTER:
+        if signal.getsignal(number) is _leave_to_master:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _read_spec(fds: Mapping[str, int]) -> WorkerSpec:
