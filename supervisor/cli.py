@@ -117,6 +117,7 @@ def unit(
     try:
         place, notes = places.here(flags, os.environ, user, template, type_)
         text = units.socket(place) if socket else units.service(place)
+        notes += [] if socket else places.unwritable(place)
     except (SettingsError, places.UnitError) as error:
         fail(str(error), Status.USAGE)
     if as_json:

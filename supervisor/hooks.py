@@ -7,8 +7,8 @@ code on the disk beside them. After a *crash* of the master nothing is ended: sy
 Which of them it is, systemd knows: it has a job for the unit. It is asked by its own client, `systemctl`; when that can't
 be had, a stop is taken for a stop.
 
-Between the moment in which it was asked after a crash and the start of the next master a stop may come of which no hook is
-told any more. A guard stays behind for that long, and ends the workers if nobody comes for them.
+Between the moment in which it was asked after a crash, or in a restart, and the start of the next master a stop may come of
+which no hook is told any more. A guard stays behind for that long, and ends the workers if nobody comes for them.
 
 Rejected: stopping all workers in a restart too, with their idle connections waiting in the relay. It works, but who comes
 new waits for as long as the slowest request, or stream, of the old code takes.
@@ -19,56 +19,52 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 
-from segue.supervisor import journal, leftovers, memory
+from segue.supervisor import jobs, journal, leftovers, memory
 from segue.supervisor.client import stop
 from segue.supervisor.exits import Status
 from segue.supervisor.instance import LOCK, Instance, InstanceError
+from segue.supervisor.jobs import RESTART, STOP, job, say
 
-STOP, RESTART = "stop", "restart"
-"""Types of systemd's jobs."""
-_ASK_TIMEOUT_S = 5.0
+_STARTED = "ExecMainStartTimestampMonotonic"
 _YOUNG_S = 5.0
 _PAUSE_S = 1.0
 """After the death of a master that was younger than `_YOUNG_S`, so that `RestartSec=` can be next to nothing."""
 _GUARD_S = 10.0
 """How long the next master may take to be there after a crash; one that starts is seen to by systemd."""
 _GUARD_PAUSE_S = 0.05
+_OF_A_STOP = ("ActiveState", "InvocationID", "Job", "Restart", "RestartPreventExitStatus")
+"""What of a unit says whether it was stopped."""
 _BUDGET_S = 30.0
 """For workers of which nobody has written down how long their stop may take."""
 
 
 def run(unit: str, runtime_dir: str, environ: Mapping[str, str]) -> int:
     """Be the hook that `environ` says (systemd.exec(5)); returns the exit status."""
-    job = _job(unit)
+    what = job(unit)
     instances = list(_instances(runtime_dir))
     result = environ.get("SERVICE_RESULT", "success")
     if environ.get("MAINPID"):
-        return _before(job, instances)
-    if result != "success" and job not in {STOP, RESTART}:
+        return _before(what, instances)
+    if result != "success" and what not in {STOP, RESTART}:
         _let_settle(unit)
-        job = _job(unit)
-    if job == RESTART:
+        what = job(unit)
+    if what == RESTART:
         _mark(instances)
-    elif job == STOP or result == "success":
+    elif what == STOP or result == "success":
         return _sweep(unit, instances)
-    elif environ.get("EXIT_CODE") in {"killed", "dumped"} and os.fork() == 0:
-        os._exit(_guard(unit, instances, result))
+    killed = environ.get("EXIT_CODE") in {"killed", "dumped"}
+    if (what == RESTART or killed) and os.fork() == 0:
+        os._exit(_guard(unit, instances, environ.get("INVOCATION_ID", ""), restarts=what == RESTART))
     return Status.OK
 
 
-def _say(text: str) -> None:
-    print(f"segue: {text}", file=sys.stderr, flush=True)
-
-
-def _before(job: str | None, instances: list[Instance]) -> int:
+def _before(what: str | None, instances: list[Instance]) -> int:
     """``ExecStop=``: the master runs still. After this systemd sends it SIGTERM, if it hasn't ended by then."""
-    if job == RESTART:
-        _say("a restart: the workers serve on until the new master has started the code on the disk")
+    if what == RESTART:
+        say("a restart: the workers serve on until the new master has started the code on the disk")
         _mark(instances)
         return Status.OK
     for instance in instances:
@@ -84,32 +80,35 @@ def _mark(instances: list[Instance]) -> None:
         try:
             instance.mark_restart()
         except OSError as error:
-            _say(f"{instance.directory} can't be marked for a restart: {error.strerror}")
+            say(f"{instance.directory} can't be marked for a restart: {error.strerror}")
 
 
-def _guard(unit: str, instances: list[Instance], result: str) -> int:
-    """Stay until the next master is there, or end what waits for it in vain; `result` is how the last one ended."""
+def _guard(unit: str, instances: list[Instance], invocation: str, restarts: bool) -> int:
+    """Stay until the next master is there, or end what waits for it in vain; `invocation` is that of the last one."""
     deadline = time.monotonic() + _GUARD_S
     while time.monotonic() < deadline and all(instance.locked_by() is None for instance in instances):
         with contextlib.suppress(leftovers.NotInUnitError, OSError):
             found = leftovers.members()  # before it is asked: who comes later belongs to another start
-            if _is_stopped(unit, result):
+            now = jobs.properties(unit, *_OF_A_STOP)
+            if now.get("InvocationID") not in {None, "", invocation}:
+                break  # it was started: that it runs, or is tried again, is seen to by systemd
+            if now and _is_stopped(now, restarts):
                 return _sweep(unit, instances, among=found)
         time.sleep(_GUARD_PAUSE_S)
     return Status.OK
 
 
-def _is_stopped(unit: str, result: str) -> bool:
-    """Whether somebody has stopped the unit after its main process ended with `result`; else systemd starts the next one, or
-    gives up because of a limit, or since it was told not to restart, and then the workers serve on.
+def _is_stopped(now: Mapping[str, str], restarts: bool) -> bool:
+    """Whether somebody has stopped the unit after its main process ended; else systemd starts the next one, or gives up
+    because of a limit, or since it was told not to restart, and then the workers serve on. With `restarts` it was
+    restarted, and none of this is a reason.
     """
-    names = ("ActiveState", "Job", "Restart", "RestartPreventExitStatus", "Result")
-    shown = _systemctl("show", *(f"--property={name}" for name in names), unit)
-    now = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-    if now.get("Job", "0") not in {"", "0"} or now.get("Restart") in {None, "no", "on-success"}:
+    if now.get("Job", "0") not in {"", "0"}:
+        return False
+    if not restarts and now["Restart"] in {"no", "on-success"}:
         return False
     if now["ActiveState"] == "failed":
-        return now["Result"] == result and not re.search(r"[A-Z]", now["RestartPreventExitStatus"])
+        return restarts or not re.search(r"[A-Z]", now["RestartPreventExitStatus"])
     return now["ActiveState"] == "inactive"
 
 
@@ -117,9 +116,9 @@ def _sweep(unit: str, instances: list[Instance], among: Collection[int] | None =
     """``ExecStopPost=`` of a stop: nothing is left."""
     known = [memory.recall(journal.read(instance.journal)) for instance in instances]
     try:
-        leftovers.end_all(unit, max(map(_budget_s, known), default=_BUDGET_S), _say, among)
+        leftovers.end_all(unit, max(map(_budget_s, known), default=_BUDGET_S), say, among)
     except (leftovers.NotInUnitError, OSError) as error:
-        _say(f"--unit {unit}: {error}; nothing was ended")
+        say(f"--unit {unit}: {error}; nothing was ended")
         return Status.REFUSED
     for instance in instances:
         instance.take_restart_mark()
@@ -145,33 +144,9 @@ def _instances(runtime_dir: str) -> Iterator[Instance]:
                 yield instance
 
 
-def _job(unit: str) -> str | None:
-    """The type of the job that systemd has for `unit`; None if there is none, or nobody to ask."""
-    for line in _systemctl("list-jobs", "--no-legend", "--plain", "--full").splitlines():
-        words = line.split()
-        if len(words) >= 3 and words[1] == unit:
-            return words[2]
-    return None
-
-
 def _let_settle(unit: str) -> None:
     """A master that dies soon after its start, again and again, must not be started without a pause."""
-    shown = _systemctl("show", "--property=ExecMainStartTimestampMonotonic", "--value", unit).strip()
+    shown = jobs.properties(unit, _STARTED).get(_STARTED, "")
     started = int(shown) / 1e6 if shown.isdigit() else 0.0
     if time.clock_gettime(time.CLOCK_MONOTONIC) - started < _YOUNG_S:
         time.sleep(_PAUSE_S)
-
-
-def _systemctl(*arguments: str) -> str:
-    command = ["systemctl", "--no-pager", *arguments]
-    environ = {**os.environ, "LC_ALL": "C", "SYSTEMD_COLORS": "0"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, env=environ, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        _say(f"systemd can't be asked: {error}")
-        return ""
-    if done.returncode:
-        _say(f"systemd can't be asked: {done.stderr.strip()}")
-    return done.stdout

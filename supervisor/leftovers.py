@@ -78,6 +78,11 @@ def end_strays(known: Collection[int]) -> list[int]:
     return strays
 
 
+def unit() -> str:
+    """The name of this process's unit. Raises `NotInUnitError`."""
+    return _Group().unit
+
+
 def members() -> frozenset[int]:
     """The pids of this process's unit. Raises `NotInUnitError`."""
     return frozenset(_Group().pids())

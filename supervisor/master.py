@@ -8,6 +8,7 @@ off the data path: no byte of a request, a response or a running worker's log pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import deque
@@ -21,6 +22,7 @@ import msgspec
 from segue.supervisor import (
     adoption,
     inherited,
+    jobs,
     leftovers,
     lifecycle,
     memory,
@@ -114,7 +116,7 @@ class Master:
             self.put,
             lambda operation: self._start_task(self._try_upgrade(operation)),
         )
-        self._signals = signals.Signals(self.requests, log, self._leave_for_restart)
+        self._signals = signals.Signals(self.requests, log, self._terminate)
         self.workers = Workers(mastership, environ, log, self.put, self._start_task, self._depose)
         self._adopted = adoption.adopt(
             mastership.known,
@@ -326,6 +328,21 @@ class Master:
             self.log("error", "deposed", reason=why)
             self._exit_status = Status.INSTANCE
             self._changed.set()
+
+    def _terminate(self) -> None:
+        """A SIGTERM. In a reload systemd sends it without a word before, be it for a stop or for a restart."""
+        if self._service.has_started_us and self.state.serving and self.state.stopping is None:
+            self._start_task(self._terminate_as_meant())
+        else:
+            self.requests.end(at_once=False)
+
+    async def _terminate_as_meant(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # no answer, no file, no thread: then it is a stop
+            async with asyncio.timeout(jobs.ASK_TIMEOUT_S):
+                if not self.instance.restart_is_marked and await asyncio.to_thread(jobs.is_restart):
+                    self.instance.mark_restart()
+        if not self._leave_for_restart():
+            self.requests.end(at_once=False)
 
     def _leave_for_restart(self) -> bool:
         """Leave, if this end is the first half of a restart, and there is something that serves on until the second."""

@@ -6,6 +6,7 @@ import grp
 import os
 import pwd
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -40,6 +41,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """What runs segue."""
     arguments: tuple[str, ...] = ()
     """Of ``segue serve``: the application and its options."""
+    app: str | None = None
+    """None is the built-in one."""
     user: str
     group: str | None = None
     """Whose members may control it."""
@@ -83,6 +86,14 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         return _rounded(self.stop_delay + self.graceful_timeout + _STOP_SLACK_S)
 
     @property
+    def writable(self) -> list[str]:
+        """Directories in which segue itself has to make something, beside those that systemd makes for it."""
+        sockets = {
+            os.path.dirname(bind.removeprefix("unix:")) for bind in self.binds if bind.startswith("unix:")
+        }
+        return sorted(sockets - {"/run"} | ({self.runtime_dir} if self.runtime_dir else set()))
+
+    @property
     def paths(self) -> list[str]:
         """What the unit's user has to be able to read."""
         return [self.directory, self.command[0]]
@@ -91,6 +102,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 EXAMPLE = Place(
     command=("/srv/segue/venv/bin/segue",),
     arguments=("shop.app:app", "--workers", "2", "--bind", "127.0.0.1:8000"),
+    app="shop.app:app",
     user="segue",
     directory="/srv/segue/current",
 )
@@ -125,6 +137,7 @@ def here(
     found = Place(
         command=_command(),
         arguments=arguments,
+        app=settings.app,
         user=user,
         group=settings.control_group,
         directory=base_dir,
@@ -166,15 +179,34 @@ def _notes(found: Place, effective: config.Effective) -> list[str]:
     if seen:
         notes.append(f"set in this environment, and not in the unit's: {', '.join(seen)}")
     if not _is_known(found.user, pwd.getpwnam, pwd.getpwuid):
-        notes.append(f"there is no user {found.user}: sudo useradd --system {found.user}")
+        notes.append(f"there is no user {found.user}" + _made(found.user, "sudo useradd --system"))
     if found.group and not _is_known(found.group, grp.getgrnam, grp.getgrgid):
-        notes.append(f"there is no group {found.group}: sudo groupadd {found.group}")
+        notes.append(f"there is no group {found.group}" + _made(found.group, "sudo groupadd"))
     if "--ssl-keyfile-password" in found.arguments:
         notes.append(
             "everybody can read the unit, and the key's password in it: put it into the settings file"
         )
     if any(path.startswith("/root/") for path in found.paths) and found.user != "root":
         notes.append(f"user {found.user} can't read what is in /root: move it, for example to /srv")
+    return notes
+
+
+def _made(account: str, command: str) -> str:
+    """How to make it, for one that has a name."""
+    return "" if account.isdigit() else f": {command} {account}"
+
+
+def unwritable(found: Place) -> list[str]:
+    """What the user of a service should know of the directories in which it has to make a socket."""
+    notes = [
+        f"there is no directory {path}: sudo install -d -o {found.user} {shlex.quote(path)}"
+        for path in found.writable
+        if not os.path.isdir(path)
+    ]
+    if found.user != "root" and any(os.path.dirname(bind) == "unix:/run" for bind in found.binds):
+        notes.append(
+            f"user {found.user} can't make a socket in /run: let systemd do it, with segue unit --socket"
+        )
     return notes
 
 

@@ -51,6 +51,7 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
         raise StartError(str(error), Status.USAGE) from error
     log, refusal = Log(), ""
     try:
+        _check_directory(base_dir)
         effective = config.load(flags, environ, base_dir)
     except config.SettingsError as error:
         known = None if trial else _known_settings(flags, environ)
@@ -77,6 +78,13 @@ def serve(flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> int:
     raise_limit()  # connections in flight in the relay count against it, too
     os.chdir("/")  # paths were made absolute; no directory is kept from being unmounted or replaced
     return _run_to_end(loop, _run(mastership, flags, environ, base_dir, effective, refusal, log))
+
+
+def _check_directory(path: str) -> None:
+    """That settings and code can be looked for there. Raises `SettingsError`."""
+    if not os.path.isdir(path) or not os.access(path, os.X_OK):
+        reason = "can't be entered" if os.path.exists(path) else "is not there"
+        raise config.SettingsError(f"the working directory {path} {reason}")
 
 
 def _not_started(error: OSError) -> StartError:

@@ -309,24 +309,25 @@ def _table(rows: Mapping[str, tuple[Any, str]]) -> str:
 def logical_cwd(environ: Mapping[str, str]) -> str:
     """The working directory by the name under which it was entered (``$PWD``), if that is where we are.
 
-    Its symbolic links stay, so that each reload resolves them anew. Raises `SettingsError` if it is gone.
+    Its symbolic links stay, so that each reload resolves them anew. A service manager that could not go where its unit says
+    (``WorkingDirectory=-…``) leaves us in ``/``: it is still that one. Raises `SettingsError` if it is gone.
     """
     logical = environ.get("PWD", "")
+    if not logical.startswith("/") or {".", ".."} & set(logical.split("/")):
+        logical = ""
     try:
-        if (
-            logical.startswith("/")
-            and not {".", ".."} & set(logical.split("/"))
-            and os.path.samefile(logical, ".")
-        ):
+        if logical and os.path.samefile(logical, "."):
             return absolute(logical, "/")
     except (OSError, ValueError):
         pass  # a stale or broken $PWD
     try:
-        return os.getcwd()
+        physical = os.getcwd()
     except OSError as error:
         raise SettingsError(
             f"the working directory can't be found: {error.strerror}; change to one that exists"
         ) from error
+    of_unit = environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+    return absolute(logical, "/") if logical and physical == "/" and of_unit else physical
 
 
 def _effective_value(key: str, effective: Effective) -> Any:

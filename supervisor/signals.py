@@ -27,9 +27,9 @@ _TURNS = 4
 class Signals:
     """What each of them asks for."""
 
-    def __init__(self, requests: Requests, log: Log, restart: Callable[[], bool]) -> None:
-        """`restart` leaves, and returns True, if the SIGTERM that has come is the first half of a restart of the unit."""
-        self._requests, self._log, self._restart = requests, log, restart
+    def __init__(self, requests: Requests, log: Log, terminate: Callable[[], None]) -> None:
+        """`terminate` is for SIGTERM, which may be the first half of a restart of the unit."""
+        self._requests, self._log, self._terminate = requests, log, terminate
 
     def listen(self) -> None:
         """From now on; what an upgrade has held back comes at once."""
@@ -56,8 +56,7 @@ class Signals:
 
     def _on_term(self) -> None:
         self._log("info", "signal", signal="SIGTERM")
-        if not self._restart():
-            self._requests.end(at_once=False)
+        self._terminate()
 
     def _on_stop(self, name: str, at_once: bool = False) -> None:
         self._log("info", "signal", signal=name)

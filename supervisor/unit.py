@@ -5,7 +5,6 @@ The files in ``systemd/`` are what this prints for `segue.supervisor.place.EXAMP
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -15,27 +14,48 @@ _BACKLOG = 2048
 _UNPRIVILEGED_PORT = 1024
 
 
+def _literal(text: str, place: Place) -> str:
+    """Without specifiers (systemd.unit(5)); a template's own stay."""
+    if not text.isprintable():
+        raise UnitError(f"{text!r} can't be written into a unit: not everything in it can be printed")
+    return text if place.is_template and TEMPLATE_NAME in text else text.replace("%", "%%")
+
+
 def _quoted(word: str, place: Place) -> str:
-    """As an argument of ``ExecStart=`` (systemd.service(5)); a template's own specifiers stay."""
-    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
-    if not (place.is_template and TEMPLATE_NAME in word):
-        word = word.replace("%", "%%")
+    """As one of several words in a line (systemd.syntax(7))."""
+    word = _literal(word, place).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{word}"' if not word or re.search(r"[\s'\";]", word) else word
 
 
 def _line(words: Sequence[str], place: Place) -> str:
-    return " ".join(_quoted(word, place) for word in words)
+    """Arguments of ``ExecStart=`` (systemd.service(5)), where a dollar sign begins a variable."""
+    return " ".join(_quoted(word.replace("$", "$$"), place) for word in words)
+
+
+def _program(place: Place) -> str:
+    """What runs segue; in the path itself nothing is replaced, and not everything is allowed."""
+    path, *arguments = place.command
+    if re.search(r"['\"\\]", path):
+        raise UnitError(f"systemd runs no program with a quote or a backslash in its path: move {path}")
+    return " ".join([_quoted(path, place), *map(str, arguments)])
+
+
+def _whole(path: str, place: Place) -> str:
+    """As all that a line says: it is not unquoted, but a backslash at its end would make the next line a part of it."""
+    if path.endswith("\\") or path != path.strip():
+        raise UnitError(f"{path!r} can't be written into a unit: it ends with a backslash or a space")
+    return _literal(path, place)
 
 
 # ----------------------------------------------------------------------------------------------------- the service
 
 
 def service(place: Place) -> str:
-    """The service unit."""
-    segue = _line(place.command, place)
+    """The service unit. Raises `UnitError`."""
+    segue = _program(place)
     name = ("--name", place.name) if place.is_template else ()
     start = f"{segue} serve {_line((*place.arguments, *name), place)}".rstrip()
-    runtime = f" --runtime-dir {_quoted(place.runtime_dir, place)}" if place.runtime_dir else ""
+    runtime = f" {_line(('--runtime-dir', place.runtime_dir), place)}" if place.runtime_dir else ""
     sections = [
         _head(place),
         _UNIT.format(description=_description(place)),
@@ -47,7 +67,8 @@ def service(place: Place) -> str:
             ),
             user=place.user,
             group=_GROUP.format(group=place.group) if place.group else "",
-            directory=place.directory.replace("%", "%%"),
+            directory=_whole(place.directory, place),
+            pwd=_quoted(f"PWD={place.directory}", place),
             start=start,
             hook=f"{segue} stop --unit %n{runtime}",
             directories=_directories(place),
@@ -87,8 +108,7 @@ def _head(place: Place) -> str:
 def _description(place: Place) -> str:
     if place.is_template:
         return "segue: %i"
-    app = next((word for word in place.arguments[:1] if not word.startswith("-")), "the AI backend")
-    return f"segue: {app}".replace("%", "%%")
+    return f"segue: {_whole(place.app or 'the AI backend', place)}"
 
 
 _UNIT = """[Unit]
@@ -114,9 +134,9 @@ _SERVICE = """[Service]
 NotifyAccess=main
 User={user}
 {group}# May be a symbolic link to the release that is to run (current -> releases/42): each reload resolves it anew. systemd
-# tells a process only where it leads to, hence PWD.
-WorkingDirectory={directory}
-Environment="PWD={directory}"
+# tells a process only where it leads to, hence PWD. One that leads nowhere is told of by segue, and what serves goes on.
+WorkingDirectory=-{directory}
+Environment={pwd}
 ExecStart={start}
 # The master alone is ended or killed by systemd. A crash costs no worker: the next master takes them over. In a restart,
 # too, they serve on until the code on the disk has been started beside them. At a stop the hooks leave no process.
@@ -127,10 +147,11 @@ ExecStopPost={hook}
 # relay's, each address has one or two.
 FileDescriptorStoreMax=64
 # At once, since between a crash and the restart systemd would run no hook for a stop. After a start that fails soon,
-# ExecStopPost= waits a second. A mistake in flags or settings (2) doesn't heal by itself.
+# ExecStopPost= waits a second. A mistake in flags or settings (2) doesn't heal by itself, nor one for which neither can
+# be run: no such program (203), group (216), user (217) or directory (226).
 Restart=on-failure
 RestartSec=1ms
-RestartPreventExitStatus=2
+RestartPreventExitStatus=2 203 216 217 226
 # Each is more than the sum of segue's own deadlines. A start that makes progress asks for more time by itself.
 TimeoutStartSec={start_timeout}
 TimeoutStopSec={stop_timeout}
@@ -215,11 +236,7 @@ TemporaryFileSystem=/tmp:mode=1777,size=50% /var/tmp:mode=1777,size=50%"""
 
 def _writable(place: Place) -> str:
     """Directories in which segue itself has to make something."""
-    sockets = {
-        os.path.dirname(bind.removeprefix("unix:")) for bind in place.binds if bind.startswith("unix:")
-    }
-    needed = sorted(sockets - {"/run"} | ({place.runtime_dir} if place.runtime_dir else set()))
-    return "".join(f"\nReadWritePaths={path.replace('%', '%%')}" for path in needed)
+    return "".join(f"\nReadWritePaths={_quoted(f'-{path}', place)}" for path in place.writable)
 
 
 def _privileges(place: Place) -> str:
@@ -238,7 +255,7 @@ def _port(bind: str) -> int:
 
 def socket(place: Place) -> str:
     """The socket unit. Raises `UnitError`."""
-    listen = "\n".join(f"ListenStream={_stream(bind)}" for bind in place.binds)
+    listen = "\n".join(f"ListenStream={_stream(bind, place)}" for bind in place.binds)
     name = f"{place.unit}.socket"
     service_name = f"{place.unit}.service"
     return f"""# {name}, beside {service_name}: systemd holds the listening sockets, from the boot on and while the service
@@ -274,9 +291,9 @@ def _more(place: Place) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _stream(bind: str) -> str:
+def _stream(bind: str, place: Place) -> str:
     if bind.startswith("unix:"):
-        return bind.removeprefix("unix:")
+        return _whole(bind.removeprefix("unix:"), place)
     host, _, port = bind.rpartition(":")
     if bind.startswith("fd:") or port == "0":
         raise UnitError(f"a socket unit can't listen on {bind}: name an address with --bind")

@@ -910,6 +910,10 @@ def test_the_working_directory_keeps_the_name_by_which_it_was_entered(
     for other in ("", str(base), "current", f"{base}/nowhere", f"{base}/current/../current", "/\0"):
         assert settings.logical_cwd({"PWD": other}) == real
     assert settings.logical_cwd({}) == real
+    monkeypatch.chdir("/")
+    gone = {"PWD": f"{base}/nowhere"}
+    assert settings.logical_cwd(gone) == "/"
+    assert settings.logical_cwd(gone | {"SYSTEMD_EXEC_PID": str(os.getpid())}) == f"{base}/nowhere"
 
 
 def test_a_working_directory_that_is_gone_is_an_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,84 @@ def test_a_restart_with_code_that_does_not_start_fails_and_costs_nothing(
     assert service.get() == "3"
 
 
+def test_a_restart_during_a_reload_costs_nothing(machine: Machine, service: Service) -> None:
+    """systemd runs no ExecStop= then: the SIGTERM is all that the master gets to hear."""
+    started(service)
+    gate = service.directory / "gate"
+    service.write("2", startup=f"open({str(gate)!r}).read()")
+    machine.run("mkfifo", gate)
+    with load(service) as clients:
+        service.command("reload", "--no-wait")
+        machine.wait(UNIT, ActiveState="reloading")
+        service.write("3")
+        machine.systemctl("restart", UNIT)
+        assert service.get() == "3"
+        assert clients.nothing_lost()["latency_ms"]["newconn"]["max"] < 1000
+    assert machine.show(UNIT, "StatusText") == {"StatusText": "generation 3 serves"}
+
+
+def test_a_stop_during_a_reload_finishes_what_runs_and_leaves_nothing(
+    machine: Machine, service: Service
+) -> None:
+    started(service)
+    gate = service.directory / "gate"
+    service.write("2", startup=f"open({str(gate)!r}).read()")
+    machine.run("mkfifo", gate)
+    service.command("reload", "--no-wait")
+    machine.wait(UNIT, ActiveState="reloading")
+    with service.connect() as busy:
+        busy.sendall(b"GET /work?ms=1000 HTTP/1.1\r\nHost: shop\r\n\r\n")
+        machine.systemctl("stop", UNIT)
+        assert b" 200 " in busy.recv(65536)
+    assert machine.processes() == []
+
+
+def test_a_restart_with_a_link_that_leads_nowhere_fails_and_costs_nothing(
+    machine: Machine, service: Service
+) -> None:
+    current = service.directory.parent / "current"
+    current.symlink_to("code")
+    machine.install(UNIT, machine.unit("shop:app", "--no-access-log", cwd=current))
+    started(service)
+    workers = service.workers()
+    current.unlink()
+    current.symlink_to("nowhere")
+    with load(service) as clients:
+        assert machine.systemctl("restart", UNIT, check=False).returncode != 0
+        machine.wait(UNIT, ActiveState="active")
+        assert service.workers() == workers
+        status = machine.show(UNIT, "StatusText")["StatusText"]
+        assert "the last restart was refused: the working directory" in status
+        clients.nothing_lost()
+    machine.systemctl("stop", UNIT)
+    assert machine.systemctl("start", UNIT, check=False).returncode != 0
+    machine.wait_journal(f"segue: the working directory {current} is not there")
+    assert machine.show(UNIT, "ActiveState", "NRestarts") == {"ActiveState": "failed", "NRestarts": "0"}
+
+
+def test_what_systemd_cannot_start_is_not_tried_without_end(machine: Machine, service: Service) -> None:
+    """Neither the master nor the hook that makes the pause can be run."""
+    for drop_in, status in (({"User": "no-such-user"}, "217"), ({"ReadWritePaths": "/nowhere"}, "226")):
+        machine.drop_in(UNIT, **drop_in)
+        assert machine.systemctl("start", UNIT, check=False).returncode != 0
+        shown = machine.show(UNIT, "ActiveState", "NRestarts", "ExecMainStatus")
+        assert shown == {"ActiveState": "failed", "NRestarts": "0", "ExecMainStatus": status}
+
+
+def test_a_signal_to_all_is_for_the_master(machine: Machine, service: Service) -> None:
+    """What `systemctl kill -s` does if it isn't told otherwise."""
+    started(service)
+    workers = service.workers()
+    with load(service) as clients:
+        machine.systemctl("kill", "--signal=USR1", UNIT)
+        assert service.workers() == workers
+        service.write("2")
+        machine.systemctl("kill", "--signal=HUP", UNIT)
+        machine.wait(UNIT, ActiveState="active", StatusText="generation 2 serves")
+        assert service.get() == "2"
+        clients.nothing_lost()
+
+
 @pytest.mark.parametrize("delay_ms", [0, 100, 300, 600, 1200])
 def test_stop_leaves_nothing_also_when_the_master_was_killed_just_before(
     machine: Machine, service: Service, delay_ms: int
@@ -214,16 +292,19 @@ def test_a_stop_while_systemd_waits_before_it_restarts_leaves_nothing(
     assert machine.show(UNIT, "ActiveState") == {"ActiveState": "inactive"}
 
 
-def test_a_stop_right_after_the_hook_has_asked_leaves_nothing(machine: Machine, service: Service) -> None:
-    """The hook has heard that there is no job, and hasn't ended yet."""
-    asked = service.directory / "asked"
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_stop_right_after_the_hook_has_asked_leaves_nothing(
+    machine: Machine, service: Service, restart: bool
+) -> None:
+    """The hook has heard that there is no job, or that it is a restart, and hasn't ended yet."""
+    asked = service.directory / f"asked-{restart}"
     client = service.directory / "bin" / "systemctl"
-    client.parent.mkdir()
+    client.parent.mkdir(exist_ok=True)
     client.write_text(
         f"""#!/bin/sh
 /usr/bin/systemctl "$@" || exit
-case "$1 $2" in "--no-pager list-jobs")
-    # asked twice: the second time it goes by it
+case "$MAINPID$1 $2" in "--no-pager list-jobs")
+    # asked twice after a crash: the second time it goes by it
     mkdir {asked}.1 2>/dev/null || {{ mkdir {asked} && while [ -e {asked} ]; do sleep 0.05; done; }}
 esac
 """
@@ -234,12 +315,16 @@ esac
         UNIT, Environment=f"PATH={client.parent}:/usr/bin:/bin", ReadWritePaths=str(service.directory)
     )
     started(service)
-    machine.kill(service.master())
+    if restart:
+        machine.run("mkdir", f"{asked}.1")
+        machine.systemctl("restart", "--no-block", UNIT)
+    else:
+        machine.kill(service.master())
     machine.run("sh", "-c", f"while [ ! -e {asked} ]; do sleep 0.05; done")
     machine.systemctl("stop", "--no-block", UNIT)
     machine.run("rmdir", asked)
     service.wait_processes(0)
-    assert machine.show(UNIT, "ActiveState") == {"ActiveState": "failed"}
+    assert machine.show(UNIT, "ActiveState") == {"ActiveState": "inactive" if restart else "failed"}
 
 
 def test_stop_leaves_nothing_when_the_master_hangs(machine: Machine, service: Service) -> None:
@@ -472,6 +557,17 @@ def test_printed_units_are_valid_and_hardened(
         done = machine.run("systemd-analyze", "verify", file)
         assert str(place) not in done.stderr + done.stdout, done.stderr
     machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=20", place / f"{name}.service")
+
+
+def test_a_unit_serves_from_a_directory_of_any_name(machine: Machine, service: Service) -> None:
+    odd = machine.place / "my 50% of $HOME; \"q\" 'a' \\ #b"
+    odd.mkdir()
+    (odd / "shop.py").write_text((service.directory / "shop.py").read_text())
+    machine.run("chown", "-R", USER, odd)
+    machine.install(UNIT, machine.unit("shop:app", "--uds", "s.sock", cwd=odd))
+    machine.systemctl("start", UNIT)
+    curl = machine.run("curl", "-s", "--unix-socket", odd / "s.sock", "http://shop/")
+    assert curl.stdout == "1"
 
 
 SUDO = """#!/bin/sh

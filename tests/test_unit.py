@@ -53,9 +53,9 @@ def test_paths_and_options_are_those_of_this_place(application) -> None:
     assert "shop:app" in start
     assert "--workers 3" in start
     assert "--no-access-log" in start
-    assert line(text, "WorkingDirectory") == str(directory)
+    assert line(text, "WorkingDirectory") == f"-{directory}"
     assert line(text, "User") == "nobody"
-    assert f"ReadWritePaths={directory}\n" in text  # where the socket is made
+    assert f"ReadWritePaths=-{directory}\n" in text  # where the socket is made
 
 
 def test_timeouts_are_more_than_the_sum_of_ours(application) -> None:
@@ -71,8 +71,36 @@ def test_what_is_special_in_a_unit_is_quoted(tmp_path) -> None:
     directory = tmp_path / "100% of $it"
     directory.mkdir()
     (directory / "segue.toml").write_text("workers = 1\n")
-    text = printed("shop:app", "--config", str(directory / "segue.toml"), cwd=tmp_path)
+    text = printed("shop:app", "--config", str(directory / "segue.toml"), "--uds", "a.sock", cwd=directory)
     assert f'--config "{tmp_path}/100%% of $$it/segue.toml"' in line(text, "ExecStart")
+    assert line(text, "WorkingDirectory") == f"-{tmp_path}/100%% of $it"
+    assert line(text, "Environment") == f'"PWD={tmp_path}/100%% of $it"'
+    assert f'ReadWritePaths="-{tmp_path}/100%% of $it"\n' in text
+    assert line(printed("--socket", "--uds", "a.sock", cwd=directory), "ListenStream").endswith(
+        "/100%% of $it/a.sock"
+    )
+
+
+def test_what_can_be_in_no_unit_is_refused(tmp_path) -> None:
+    for name, place_of in (("ends\\", {}), ("two\nlines", {}), ("a", {"command": ("/srv/it's/segue",)})):
+        there = msgspec.structs.replace(place.EXAMPLE, directory=f"/srv/{name}", **place_of)
+        with pytest.raises(place.UnitError, match="srv"):
+            unit.service(there)
+    there = msgspec.structs.replace(place.EXAMPLE, command=("/srv/a $b/segue",))
+    assert line(unit.service(there), "ExecStart").startswith('"/srv/a $b/segue" serve ')
+
+
+def test_directories_that_are_missing_are_told_of(tmp_path) -> None:
+    arguments = ("shop:app", "--bind", "unix:run/a.sock", "--bind", "unix:/run/b.sock", "--user", "nobody")
+    said = segue("unit", *arguments, cwd=tmp_path).stderr
+    assert f"there is no directory {tmp_path}/run: sudo install -d -o nobody {tmp_path}/run\n" in said
+    assert "nobody can't make a socket in /run" in said
+    assert "/run" not in segue("unit", "--socket", *arguments, cwd=tmp_path).stderr
+
+
+def test_the_description_names_the_application(tmp_path) -> None:
+    (tmp_path / "segue.toml").write_text('app = "shop.app:app"\n')
+    assert line(printed(cwd=tmp_path), "Description") == "segue: shop.app:app"
 
 
 def test_a_low_port_brings_the_one_privilege_that_it_needs(tmp_path) -> None:
