@@ -197,6 +197,12 @@ def rollback(
     click.echo(f"generation {operation['generation']} serves again ({seconds_of(operation):.3f} s)")
 
 
+_PROBATIONS = {
+    "passed": "serves and has passed its probation",
+    "superseded": "served until another one took over, before its probation was over",
+    None: "serves, and is on no probation",
+}
+"""What is said of a generation whose probation has been waited for; the other outcomes are failures."""
 COMMANDS: tuple[click.Command, ...] = (reload, stage, promote, discard, rollback)
 
 
@@ -206,7 +212,7 @@ def _target(path: str, **query: Any) -> str:
 
 
 def _served(operation: dict[str, Any], wait: str) -> str:
-    passed = " and has passed its probation" if wait == "probation" else ""
+    does = _PROBATIONS[operation["probation"]] if wait == "probation" else "serves"
     changes = operation.get("changes")
     changed = f"\nchanged: {changes['summary']}" if changes else ""
-    return f"generation {operation['generation']} serves{passed} ({seconds_of(operation):.2f} s){changed}"
+    return f"generation {operation['generation']} {does} ({seconds_of(operation):.2f} s){changed}"

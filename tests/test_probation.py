@@ -153,10 +153,24 @@ def test_a_good_generation_passes(shop) -> None:
         master.stop()
 
 
+def test_a_probation_that_another_generation_came_before_was_not_passed(shop) -> None:
+    with supervised("shop:app", "--probation", "60", cwd=shop("1")) as master:
+        shop("2")
+        with reloading(master) as reload:
+            master.output.wait_for("promoted generation=2")
+            shop("3")
+            master.reload()
+            said = reload.communicate(timeout=60)
+        assert reload.returncode == 0, said
+        assert "generation 2 served until another one took over, before its probation was over" in said[0]
+        master.stop()
+
+
 def test_without_probation_nothing_is_watched(shop) -> None:
     with supervised("shop:app", "--probation", "0", cwd=shop("1")) as master:
         shop("2")
-        master.reload("--wait", "probation")
+        done = master.reload("--wait", "probation")
+        assert "generation 2 serves, and is on no probation" in done.stdout
         port = master.port
         ask(port, "/exit")
         master.output.wait_for("worker-active generation=2 worker=2")
