@@ -92,6 +92,7 @@ def adopt(known: memory.Memory, found: Found, limits: Mapping[int, m.Limits], no
             kept = current is not None and _was(known, number) in _KEPT
             generation.state = GenerationState.DRAINING if kept else GenerationState.RETIRED
             _leave(turn, generation, workers)
+    _miss_staged(turn, known)
     _watch_on(turn, known)
     outcome = ""
     if promoting is not None and promoting in grouped and promoting != current and current is not None:
@@ -157,6 +158,15 @@ def _is_staged(known: memory.Memory, generation: m.Generation, workers: list[Fou
         _was(known, generation.id) == GenerationState.STAGED
         and len(ready) == len(workers) >= generation.wanted
     )
+
+
+def _miss_staged(turn: Turn, known: memory.Memory) -> None:
+    """What was staged and is no more: whoever comes to promote it is told."""
+    for number in sorted(known.generations):
+        adopted = turn.state.generations.get(number)
+        staged = adopted is not None and adopted.state is GenerationState.STAGED
+        if _was(known, number) == GenerationState.STAGED and not staged and number != _interrupted(known):
+            turn.state.staged_lost = f"generation {number} was, and has ended with its master"
 
 
 def _remember(turn: Turn, known: memory.Memory, number: int, limits: Mapping[int, m.Limits]) -> None:

@@ -131,6 +131,10 @@ def test_a_staged_generation_ends_with_a_master_that_dies_since_it_serves_nobody
     world.run(5.0)
     assert list(world.state.generations) == [1]
     assert len(world.serving()) == 2
+    assert answered(world, world.promote()).reason == (
+        "no generation is staged; generation 2 was, and has ended with its master"
+    )
+    assert staged(world) == 3
 
 
 @pytest.mark.parametrize("after", range(6))
