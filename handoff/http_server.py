@@ -198,9 +198,8 @@ async def _serve_connection(caller: _Caller, handler: Handler, admit: Admit | No
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
         connection.start_next_cycle()
-        await asyncio.sleep(
-            0
-        )  # requests that are here already wait for nothing: others have their turn between them
+        # requests that are here already wait for nothing: others have their turn between them
+        await asyncio.sleep(0)
 
 
 async def _drain(writer: asyncio.StreamWriter) -> None:

@@ -403,9 +403,7 @@ class Master:
         reason = upgrade.obstacle(self.state)
         if not self._queue and not reason:
             self._record()
-            if (
-                self._journal_error
-            ):  # the new master would know nothing of what was decided, or of who waits for this
+            if self._journal_error:  # the new master would know nothing of what was decided, or who waits
                 reason = f"the journal can't be written: {self._journal_error}; make room, or its directory anew, then try again"
             else:
                 self.log("info", "upgrade", epoch=self.epoch)
