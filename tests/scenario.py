@@ -373,6 +373,7 @@ class Load:
 
     def __init__(self, port: int, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
         """`prefix` is a command that runs the command given to it (`nsenter --net=…`)."""
+        self._ready, tell = os.pipe()
         self._process = subprocess.Popen(
             [
                 *prefix,
@@ -382,16 +383,25 @@ class Load:
                 str(port),
                 "--duration",
                 "110",
+                "--ready-fd",
+                str(tell),
                 *arguments,
             ],
             stdout=subprocess.PIPE,
+            pass_fds=[tell],
             env=environment(),
         )
+        os.close(tell)
 
     def __enter__(self) -> Load:
+        """Every client has had its first answer."""
+        if not select.select([self._ready], [], [], DEADLINE_S)[0] or os.read(self._ready, 1) != b"\n":
+            self.__exit__()
+            raise AssertionError("the load generator got no answers")
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.close(self._ready)
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
