@@ -225,6 +225,15 @@ class Segue:
                 )
             select.select([], [], [], 0.05)
 
+    def wait_answered(self, requests: int = 100) -> None:
+        """Wait until what serves has answered so many: more than a load has clients, so that one of them has its answer."""
+
+        def have(status: dict[str, Any]) -> bool:
+            current = next(each for each in status["generations"] if each["current"])
+            return sum(worker["requests_total"] or 0 for worker in current["workers"]) >= requests
+
+        self.wait_status(have)
+
     # ------------------------------------------------------------------------------------------------- asking
 
     @property

@@ -82,6 +82,7 @@ def test_a_promote_under_load_loses_nothing(application) -> None:
                 number, _ = stage(master)
                 done = master.command("promote", str(number))
                 assert done.returncode == 0, done.stderr
+                master.wait_answered()
             tally = load.nothing_lost()
         assert set(tally["versions"]) == {"1", "2", "3", "4"}
         master.stop()

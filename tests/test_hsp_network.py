@@ -68,7 +68,9 @@ async def test_connections_that_are_reset_at_any_moment_of_swaps_lose_double_and
         ):
             with publisher(server, 200) as published:
                 refused = 0
-                for _ in range(12):
+                for number in range(60):
+                    if refused and number >= 12:
+                        break
                     swapping = asyncio.create_task(alpha.swap())
                     await proxy.another()
                     await asyncio.sleep(chance.uniform(0, 0.04))

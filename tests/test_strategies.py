@@ -57,6 +57,7 @@ def test_rolling_replaces_one_worker_at_a_time_and_loses_nothing(application) ->
             with Census(master) as census:
                 application("2")
                 master.reload("--wait", "drained")
+            master.wait_answered()
             tally = load.nothing_lost()
         assert set(tally["versions"]) == {"1", "2"}
         assert 4 <= census.most <= 5  # one more than serve, and one that has just left
@@ -80,6 +81,7 @@ def test_replace_never_runs_two_generations_and_fails_no_request(application, wo
             with Census(master) as census:
                 application("2", prelude=prelude)
                 master.reload()
+            master.wait_answered()
             tally = load.nothing_lost()
         assert census.most <= int(workers) + 1  # and the throw-away process of the check
         assert set(tally["versions"]) == {"1", "2"}
