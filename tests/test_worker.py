@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from worker_harness import Bench
 
-from segue.handoff.messages import HOT, RecycleLimits, WorkerMode
+from segue.handoff.messages import HOT, NotifyKey, RecycleLimits, WorkerMode
 from segue.handoff.notify import Notifier, NotifySocket
 from segue.worker.telling import Telling
 
@@ -802,3 +802,32 @@ def test_a_heartbeat_that_found_no_room_is_repeated_soon(tmp_path: Path) -> None
     asyncio.run(tell())
     sender.close()
     receiver.close()
+
+
+def test_why_a_start_has_failed_is_told_though_the_master_stands_still_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = NotifySocket(str(tmp_path / "n"))
+    beats = Notifier(receiver.path)
+    while beats.send({"WATCHDOG": 1}):
+        pass
+    assert beats.full
+    pauses: list[float] = []
+    heard: list[dict[str, str]] = []
+
+    def passes(seconds: float) -> None:
+        pauses.append(seconds)
+        if sum(pauses) >= 10.0:
+            heard.extend(each.fields for each in receiver.receive())
+
+    monkeypatch.setattr(time, "sleep", passes)
+    telling = Telling(receiver.path, 3.0)
+    telling.failed("no database")
+    heard += [each.fields for each in receiver.receive()]
+    assert [each[NotifyKey.FAILED] for each in heard if NotifyKey.FAILED in each] == ["no database"]
+    receiver.close()
+    pauses.clear()
+    telling.failed("no database")  # nobody will ever read it
+    assert sum(pauses) < 2.0
+    telling.close()
+    beats.close()

@@ -21,6 +21,9 @@ _WATCHED_S = 0.2
 _FULL_S = 0.25
 """After the master's queue was full: soon enough for it not to believe in silence once it reads on."""
 _FAILURE_TRIES = 50
+"""If there is nobody who reads it, as in the moment between two masters."""
+_FAILURE_TRIES_FULL = 1500
+"""If there is, and stands still: a while longer than any pause after which somebody still waits for the reason."""
 _FAILURE_PAUSE_S = 0.02
 
 
@@ -52,14 +55,14 @@ class Telling:
         self._notifier.send({NotifyKey.STATE: WorkerMode.BOOTING, NotifyKey.WATCHDOG: 1})
 
     def failed(self, reason: str) -> None:
-        """Booting has failed. Waits a second at most until the master's queue has room."""
+        """Booting has failed. Waits until the master's queue has room, half a minute at most; a second if there is no master."""
         fields: dict[str, object] = {
             NotifyKey.FAILED: reason,
             NotifyKey.STATUS: f"{self._phase}: {reason}",
             NotifyKey.PHASE: self._phase,
         }
-        for _ in range(_FAILURE_TRIES):
-            if self._notifier.send(fields):
+        for tried in range(_FAILURE_TRIES_FULL):
+            if self._notifier.send(fields) or (tried >= _FAILURE_TRIES and not self._notifier.full):
                 return
             time.sleep(_FAILURE_PAUSE_S)  # nothing else is left to do here
 
