@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 def promoted(world: World, before: m.State, effect: m.Promoted, effects: list[m.Effect]) -> None:
     """All its workers have confirmed; and it has taken over from the one that was current.
 
-    What is gone back to may have lost some just now, and says so.
+    What is gone back to, be it from nothing, may have lost some just now, and says so.
     """
     generation = before.generations[effect.generation]
     confirmed = [world.processes[generation.id, worker.id] for worker in generation.having(m.TAKING_PART)]
     wanted, found = generation.wanted, before is world.state  # by a new master
     said = any(isinstance(each, m.Say) and each.event == "generation-short" for each in effects)
-    if any(isinstance(each, m.RolledBack) for each in effects) and (said or found):
+    goes_back = before.promote is not None and before.promote.kind is m.PromoteKind.ROLLBACK
+    if (said and goes_back) or (found and any(isinstance(each, m.RolledBack) for each in effects)):
         confirmed, wanted = [process for process in confirmed if process.mode == "active"], 1
     assert len(confirmed) >= wanted > 0, "not all of its workers were started"
     assert all(process.mode == "active" for process in confirmed), f"promoted unconfirmed; {world.describe()}"
