@@ -86,6 +86,7 @@ def check(turn: Turn) -> None:
             _check_kept(turn, generation)
         if generation.state in _GONE and not generation.workers:
             _release(turn, generation)
+        turn.hand_over_if_quiet(generation)  # whom the others waited for may serve again: as a canary
     _check_drained(turn)
 
 

@@ -11,7 +11,9 @@ from test_lifecycle_promotion import answered, calm, commands, serving, spawns, 
 
 from segue.supervisor import lifecycle
 from segue.supervisor import model as m
-from segue.supervisor.model import GenerationState, Outcome, PromotePhase, Strategy, Verb
+from segue.supervisor.model import GenerationState, Outcome, PromotePhase, Strategy, Verb, WorkerState
+
+QUIET = frozenset({WorkerState.QUIET})
 
 
 def phases(world: World, operation: int) -> list[str]:
@@ -104,6 +106,21 @@ def test_a_worker_found_hung_as_the_canarys_time_ends_gets_no_replacement_that_w
     assert "worker-replaced" in [each.event for each in effects if isinstance(each, m.Say)]
     assert not [each for each in effects if isinstance(each, m.Spawn | m.Kill)]
     assert list(state.generations[1].workers) == [1, 2]
+
+
+def test_who_waits_for_one_that_serves_again_as_a_canary_hands_over_without_it() -> None:
+    world = started(3, canary=1, canary_for=100.0, park_for=100.0)
+    slow = world.serving()[0]
+    world.hang(slow)
+    world.deploy()
+    world.reload()
+    world.promote()
+    world.run_until(lambda: len(world.state.generations[1].having(QUIET)) == 2)
+    world.promote(1)
+    world.run_until(
+        lambda: world.state.promote is not None and world.state.promote.phase is PromotePhase.CANARY
+    )
+    assert not world.state.generations[1].having(QUIET)
 
 
 @pytest.mark.parametrize("how", ["discard", "rollback"])
