@@ -80,9 +80,9 @@ def _give_up(turn: Turn, generation: m.Generation, worker: m.Worker) -> None:
     assert worker.handover is not None
     told = worker.state in _TOLD
     if worker.services in {ServicesState.ACTIVE, ServicesState.ACTIVATING}:
-        worker.services, worker.services_retry = ServicesState.DEACTIVATING, None
+        worker.services, worker.services_retry = ServicesState.DEACTIVATING, turn.now
         worker.blocks_until = turn.now + worker.handover
-        if told:
+        if told:  # else as soon as it can be, whatever it shall do by then
             turn.deactivate_services(generation, worker)
     elif told and worker.services_retry is not None and worker.services_retry <= turn.now:
         turn.deactivate_services(generation, worker)

@@ -393,6 +393,24 @@ def test_services_that_were_ceasing_for_the_last_master_are_active_again_where_t
     calm(world)
 
 
+def test_services_that_were_ceasing_for_a_replacement_take_work_again_where_it_is_undone() -> None:
+    """Before its quiet workers serve again they can't be told."""
+    world = recorded(strategy=Strategy.REPLACE, replace_timeout=5.0)
+    world.deploy()
+    world.faults["slow services"] = "all"
+    for process in world.serving():
+        process.work_s = 30.0
+    world.reload()
+    until_phase(world, PromotePhase.CLEAR)
+    world.run(0.5)
+    world.kill_master()
+    world.faults.clear()
+    world.run(40.0)
+    assert all(process.services_active for process in world.serving())
+    assert [process.key[0] for process in world.live() if process.leads] == [world.state.current]
+    calm(world)
+
+
 def test_a_way_back_is_finished_though_nothing_serves_that_it_could_take_over_from() -> None:
     world = reloaded(park_for=100.0, probation=100.0)
     parked = {process.key for process in world.of(1)}
