@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from segue.handoff import lines
+from segue.handoff import lines, signals
 from segue.handoff.adoption import start_time
 from segue.handoff.messages import FdName, WorkerSpec
 from segue.handoff.occupant import INSTANCE
@@ -199,16 +199,17 @@ def spawn(
         environment["LISTEN_FDS"] = str(len(named))
         environment["LISTEN_FDNAMES"] = ":".join(named)
         environment["SEGUE_FDS"] = ",".join(map(str, named.values()))
-        process = subprocess.Popen(
-            [python, *subprocess._args_from_interpreter_flags(), "-P", "-m", "segue.worker"],  # type: ignore[attr-defined]
-            cwd=spec.working_dir,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=tuple(named.values()),
-            start_new_session=True,
-        )
+        with signals.held_back():
+            process = subprocess.Popen(
+                [python, *subprocess._args_from_interpreter_flags(), "-P", "-m", "segue.worker"],  # type: ignore[attr-defined]
+                cwd=spec.working_dir,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=tuple(named.values()),
+                start_new_session=True,
+            )
         process.returncode = 0  # it is ours to wait for, through its pidfd
         pidfd = os.pidfd_open(process.pid)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from segue.handoff import signals
 from segue.supervisor import reaping
 from segue.supervisor.model import State
 from segue.supervisor.systemd import pass_fds
@@ -59,15 +60,16 @@ async def try_out(environ: Mapping[str, str], directory: str) -> str:
 
 
 def _start(environ: Mapping[str, str], directory: str, output: int) -> int:
-    process = subprocess.Popen(
-        command(),
-        cwd=directory,
-        env={**environ, TRIAL: "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        start_new_session=True,
-    )
+    with signals.held_back():
+        process = subprocess.Popen(
+            command(),
+            cwd=directory,
+            env={**environ, TRIAL: "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     process.returncode = 0  # it is ours to wait for, through its pidfd
     reaping.leave(process.pid)
     return process.pid

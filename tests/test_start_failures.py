@@ -329,6 +329,23 @@ def test_an_interpreter_that_is_gone_refuses_the_reload(application, tmp_path) -
         master.stop()
 
 
+def test_signals_to_all_leave_a_worker_alone_that_has_only_been_started(application, tmp_path: Path) -> None:
+    """What `systemctl kill -s HUP` sends to everybody may come before the worker's first line has run."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        "for signal in HUP INT USR1 USR2 TTIN TTOU; do kill -$signal $$; done\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    with supervised("shop:app", "--python", str(python), cwd=application("1")) as master:
+        application("2")
+        master.reload()
+        with Client(master.port) as client:
+            assert client.get("/")[2] == b"2"
+        master.stop()
+
+
 @pytest.mark.parametrize("which", ["working-directory", "app-dir"])
 def test_a_directory_that_is_gone_refuses_the_reload(application, tmp_path, which) -> None:
     code = application("1")

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 from scenario import HOT, Client, Load, supervised
 
+from segue.supervisor import upgrade
+
 SERVE = ("shop:app", "--workers", "2", "--no-access-log")
 
 
@@ -119,6 +121,21 @@ def test_one_upgrade_is_tried_at_a_time_and_a_stop_ends_the_trial(application, t
         assert trial.is_running()
         master.stop()
         trial.wait(10)
+
+
+def test_signals_to_all_leave_the_trial_of_an_upgrade_alone(application, tmp_path: Path) -> None:
+    """`systemctl kill -s USR2` asks for the upgrade, and comes to the process that tries it too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        f"if {upgrade.TRIAL!r} in os.environ:\n"
+        "    os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+    )
+    with supervised("shop:app", cwd=application("1"), env={"PYTHONPATH": _path(tmp_path)}) as master:
+        done = master.command("upgrade")
+        assert done.returncode == 0, done.stderr
+        assert master.status()["master"]["epoch"] == 2
+        master.stop()
 
 
 def test_an_exit_after_an_upgrade_is_known_by_its_status(application) -> None:

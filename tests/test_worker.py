@@ -507,7 +507,14 @@ def test_sigterm_is_a_graceful_stop_and_what_is_for_the_master_is_nothing(bench:
     import signal
 
     worker = bench.spawn().wait_ready().activate()
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGTTIN,
+        signal.SIGTTOU,
+    ):
         worker.process.send_signal(number)
         assert worker.status().mode == "active"
     worker.process.send_signal(signal.SIGTERM)

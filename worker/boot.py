@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from segue.handoff import signals
 from segue.handoff.descriptors import InheritanceError, raise_limit, take_inherited
 from segue.handoff.messages import FdName, WorkerPhase, WorkerSpec
 from segue.worker import logs
@@ -27,8 +28,6 @@ _BUILTIN = "segue.worker.backend.assembly:app"
 _EXIT_NOT_A_WORKER = 2
 _EXIT_FAILED_START = 3
 _MAX_EXIT_S = 10.0
-_OF_THE_MASTER = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What is for the master to deal with, if it comes to all: Ctrl-C at its terminal, ``systemctl kill -s HUP``."""
 
 
 def main() -> int:
@@ -41,8 +40,9 @@ def main() -> int:
         print(f"segue.worker: started by hand? {type(error).__name__}: {error}", file=sys.stderr)
         return _EXIT_NOT_A_WORKER
     priority = None if spec.in_haste else BootPriority()
-    for number in _OF_THE_MASTER:
+    for number in signals.OF_THE_MASTER:
         signal.signal(number, _leave_to_master)
+    signals.let_through()
     os.register_at_fork(after_in_child=_forget_signals)
     telling = Telling(spec.notify_socket, spec.heartbeat_s)
 
@@ -85,7 +85,7 @@ def _forget_signals() -> None:
     """In a child that the application forks: a SIGTERM for it ends it, instead of telling this worker's loop to stop."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in _OF_THE_MASTER:
+    for number in signals.OF_THE_MASTER:
         if signal.getsignal(number) is _leave_to_master:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
