@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -29,8 +30,10 @@ class Verdict(msgspec.Struct, frozen=True):
 def check(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Verdict:
     """Import, start up, warm up and shut down the application in a worker that serves nobody.
 
-    Raises `SettingsError`.
+    Raises `SettingsError`. A signal that ends this process ends the worker, too, which may hang and would not notice.
     """
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    reaping.end_by([number for number in ends if signal.getsignal(number) is signal.SIG_DFL])
     effective = config.load(flags, environ, config.logical_cwd(environ))
     return asyncio.run(try_out(snapshot.take(effective), environ))
 

@@ -30,7 +30,7 @@ def hold_back(signals: Collection[signal.Signals]) -> None:
 
 
 def end_by(signals: Collection[signal.Signals]) -> None:
-    """Let `signals` end this process, as they do with any other."""
+    """Let `signals` end this process, as they do with any other, but not before it has cleaned up."""
     for number in signals:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 

@@ -5,15 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
+import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import HOT, TOKEN, Client, free_port, segue, supervised, tcp_call, unix_call
+from scenario import (
+    DEADLINE_S,
+    HOT,
+    ROOT,
+    TOKEN,
+    Client,
+    environment,
+    free_port,
+    made_directory,
+    segue,
+    supervised,
+    tcp_call,
+    unix_call,
+)
 
 from segue.handoff import http_server
 from segue.handoff.http import Router
@@ -247,6 +263,38 @@ def test_check_gives_the_verdict_of_a_reload(application) -> None:
     done = segue("check", "shop:app", "--ready-timeout", "2", cwd=directory)
     assert done.returncode == 3
     assert "ready-timeout" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_a_check_that_is_ended_leaves_nothing_behind(application, tmp_path, number) -> None:
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    prelude = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(3600)\n"
+    temporary = made_directory("segue-c-")
+    checking = subprocess.Popen(
+        # whoever runs the tests may ignore it
+        [
+            "env",
+            f"--default-signal={number.name}",
+            sys.executable,
+            "-m",
+            "segue.supervisor.cli",
+            "check",
+            "shop:app",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=application("1", prelude=prelude),
+        env=environment(PYTHONPATH=str(ROOT), TMPDIR=temporary),
+    )
+    worker = os.pidfd_open(int(told.read_text()))
+    try:
+        checking.send_signal(number)
+        assert checking.wait(DEADLINE_S) == 128 + number
+        assert select.select([worker], [], [], DEADLINE_S)[0], "the worker hangs in its import for ever"
+    finally:
+        os.close(worker)
+    assert os.listdir(temporary) == []
 
 
 def test_config_says_where_each_value_comes_from(application) -> None:
