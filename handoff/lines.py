@@ -6,6 +6,7 @@ A line of JSON has ``time`` (RFC 3339), ``level``, ``logger``, and ``event`` or 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -45,14 +46,20 @@ def with_priority(text: str, level: str) -> str:
 
 
 def json_line(seconds: float, level: str, logger: str, fields: Mapping[str, object]) -> str:
-    """One line of JSON; `seconds` is Unix time."""
+    """One line of JSON; `seconds` is Unix time. What would steer a terminal is escaped in it, and means the same."""
     time = datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
     line: dict[str, object] = {"time": time, "level": level, "logger": logger}
     line |= {key: value for key, value in fields.items() if value is not None}
     try:
-        return msgspec.json.encode(line, enc_hook=str).decode()
+        text = msgspec.json.encode(line, enc_hook=str).decode()
     except (UnicodeEncodeError, RecursionError):
-        return msgspec.json.encode({key: sayable(str(value)) for key, value in line.items()}).decode()
+        text = msgspec.json.encode({key: sayable(str(value)) for key, value in line.items()}).decode()
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    """JSON leaves most that can't be printed as it is: DEL, the second set of control characters, U+2028, U+202E."""
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def sayable(text: str) -> str:

@@ -50,11 +50,16 @@ class Log:
         if _LEVELS[level] < self._least:
             return
         written = self._lines(level, event, fields)
-        if self._dropped:
-            lost = f"{self._dropped} lines were lost: nobody read this output"
-            written = [*self._lines("warning", "lines-lost", {"reason": lost}), *written]
+        if self._dropped and self._tell_loss():
+            self._dropped = 0
         for line in written:
-            self._write(line)
+            self._dropped += not self._write(line)
+
+    def _tell_loss(self) -> bool:
+        """Whether that found room."""
+        reason = f"{self._dropped} lines were lost: nobody read this output, or it had no room"
+        [line] = self._lines("warning", "lines-lost", {"reason": reason})
+        return self._write(line)
 
     def mistake(self, _: object, context: Mapping[str, Any]) -> None:
         """An exception that nobody expected: a handler of the event loop's."""
@@ -78,16 +83,16 @@ class Log:
             written += [f"    | {line}" for line in output.splitlines()]
         return [lines.with_priority(line, level) for line in written] if self._journal else written
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str) -> bool:
+        """Whether there was room for it."""
         data = line.encode(errors="replace")[: _ATOMIC_BYTES - 1] + b"\n"
         try:
             if not any(mask & select.POLLOUT for _, mask in self._poll.poll(0)):
-                self._dropped += 1
-                return
+                return False
             os.write(self._fd, data)
-            self._dropped = 0
         except OSError:
-            self._dropped += 1
+            return False
+        return True
 
 
 def _fitting(level: str, fields: dict[str, object]) -> str:

@@ -166,7 +166,7 @@ def test_the_combined_access_log_has_size_duration_generation_and_worker(applica
     with supervised("shop:app", *arguments, cwd=application(code=app())) as master:
         port = master.port
         with Client(port) as client:
-            headers = {"User-Agent": 'evil"agent\\', "Referer": "http://else/where"}
+            headers = {"User-Agent": 'evil"agent\\\x9b2J', "Referer": "http://else/where"}
             client.connection.request("GET", "/?q=1", headers=headers)
             client.connection.getresponse().read()
         with Client(port) as client:
@@ -176,7 +176,7 @@ def test_the_combined_access_log_has_size_duration_generation_and_worker(applica
         master.stop()
         found = [match for line in master.output.text.splitlines() if (match := COMBINED.fullmatch(line))]
     assert [match["request"] for match in found] == ["GET /?q=1 HTTP/1.1", "GET /stream HTTP/1.1"]
-    assert found[0]["agent"] == r"evil\x22agent\x5C"
+    assert found[0]["agent"] == r"evil\x22agent\x5C\x9B2J"
     assert found[0]["referer"] == "http://else/where"
     assert (found[0]["status"], found[0]["bytes"]) == ("200", "4")
     assert 0 < float(found[0]["seconds"]) < 20
@@ -268,6 +268,47 @@ def test_a_line_of_json_is_never_cut(tmp_path) -> None:
         [line] = parsed(file.read().decode())
     assert line["event"] == "worker-died"
     assert line["output"].endswith("the reason")
+
+
+def test_nothing_in_a_line_of_json_steers_a_terminal_or_begins_a_line() -> None:
+    odd = "\x1b[2J\x9b2J\x7f\r\n\x85\u2028\u202e\U000e0001"
+    line = lines.json_line(0.0, "info", "segue", {"reason": f"café 漢😀 {odd}", odd: 1})
+    assert line.isprintable()
+    assert "café 漢😀" in line
+    assert json.loads(line)["reason"].endswith(odd)
+    assert json.loads(line)[odd] == 1
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_as_many_lines_as_were_lost_are_told_once_there_is_room(lost) -> None:
+    read, write = os.pipe()
+    full = os.open("/dev/full", os.O_WRONLY)
+    kept = os.dup(write)
+    try:
+        log = Log(write)
+        os.dup2(full, write)  # no space left on the disk
+        for _ in range(lost):
+            log("info", "lost")
+        os.dup2(kept, write)
+        log("info", "first")
+        os.set_blocking(kept, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(kept, b".")  # nobody reads
+        for _ in range(lost):
+            log("info", "lost")
+        filled = os.read(read, 1024 * 1024).decode()
+        log("info", "second")
+        told = (filled + os.read(read, 4096).decode()).replace(".", "")
+    finally:
+        for fd in (read, write, full, kept):
+            os.close(fd)
+    assert re.findall(r"(\d+) lines were lost|segue: (first|second|lost)", told) == [
+        (str(lost), ""),
+        ("", "first"),
+        (str(lost), ""),
+        ("", "second"),
+    ]
 
 
 def test_what_is_no_text_is_a_line_of_json_all_the_same(application) -> None:

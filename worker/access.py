@@ -18,7 +18,7 @@ from segue.worker.logs import style
 
 LOGGER = "segue.access"
 CLIENT_LEFT = 499
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f"\\]')
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f"\\]')
 
 
 class AccessLog:
