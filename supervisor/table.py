@@ -162,7 +162,7 @@ def _mib(size: int | None) -> str:
 
 
 def _age(since: float) -> str:
-    seconds = int(time.time() - since)
+    seconds = max(0, int(time.time() - since))
     days, rest = divmod(seconds, 86400)
     hours, rest = divmod(rest, 3600)
     minutes, seconds = divmod(rest, 60)

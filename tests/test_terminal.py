@@ -498,6 +498,12 @@ def test_what_a_reload_took_does_not_grow_with_what_is_left_to_finish_in_the_old
     assert f"ok       {said[1]}" in click.unstyle(status_table(document))
 
 
+def test_a_clock_that_was_set_back_makes_no_age_negative(master: Segue) -> None:
+    document = master.status()
+    document["master"]["started"] = time.time() + 3600
+    assert ", up 0 s," in click.unstyle(status_table(document))
+
+
 def test_who_interrupts_a_command_ends_the_waiting_and_not_what_was_asked_for(
     master: Segue, application: Any
 ) -> None:
