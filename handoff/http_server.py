@@ -123,6 +123,8 @@ class _Caller:
         assert task is not None
         self.task: asyncio.Task[Any] = task
         self.reader, self.writer = reader, writer
+        # an answer counts as taken once all of it is with the kernel: else its last part would be waited for without an end
+        writer.transport.set_write_buffer_limits(high=0)
         self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self.peer = _peer(writer)
         self._waiting = waiting

@@ -125,7 +125,7 @@ class Reads:
         if EVENT_STREAM not in request.headers.get("accept", ""):
             kept = events.after(number)[-count:] if count else []
             return Response(200, b'{"events":[' + b",".join(line for _, line in kept) + b"]}\n")
-        return self._stream(request, events.stream(number, count))
+        return await self._stream(request, events.stream(number, count))
 
     def _may_see_output(self, request: Request) -> bool:
         """Whoever may steer; in development mode everybody: a token would be too much on a laptop."""
@@ -133,19 +133,23 @@ class Reads:
 
     async def _watch(self, request: Request) -> Response:
         """The status, and again with everything that happens."""
-        answer = self._stream(request, self._watching.stream(self._may_see_output(request)))
+        answer = await self._stream(request, self._watching.stream(self._may_see_output(request)))
         if answer.stream is not None and (task := asyncio.current_task()) is not None:
             task.set_name("control-watch")  # which has no end that an exiting master could wait for
         return answer
 
-    def _stream(self, request: Request, pieces: AsyncIterator[bytes]) -> Response:
+    async def _stream(self, request: Request, pieces: AsyncIterator[bytes]) -> Response:
         if self._followers[request.trusted] >= MAX_FOLLOWERS:
             return problem(503, f"{MAX_FOLLOWERS} callers follow already", {"Retry-After": "10"})
-        return Response(200, b"", EVENT_STREAM, _NO_STORE, self._follow(pieces, request.trusted))
+        following = self._follow(pieces, request.trusted)
+        await anext(following)  # it counts from here on: of many who ask at once, no more than may are let in
+        return Response(200, b"", EVENT_STREAM, _NO_STORE, following)
 
     async def _follow(self, pieces: AsyncIterator[bytes], trusted: bool) -> AsyncIterator[bytes]:
+        """What comes first is empty."""
         self._followers[trusted] += 1
         try:
+            yield b""
             async for piece in pieces:
                 yield piece
         finally:

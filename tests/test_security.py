@@ -9,9 +9,12 @@ import grp
 import http.client
 import json
 import os
+import select
+import signal
 import socket
 import stat
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario import (
+    DEADLINE_S,
     HOT,
     ROOT,
     TOKEN,
@@ -235,6 +239,33 @@ def test_a_request_that_does_not_come_whole_is_given_up(monkeypatch: pytest.Monk
     assert silent == b""
 
 
+def test_who_takes_none_of_an_answer_holds_no_connection_whatever_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def handler(request: Request) -> Response:
+        return Response(200, bytes(int(request.query["size"])))
+
+    async def scenario() -> list[int]:
+        held = []
+        loop = asyncio.get_running_loop()
+        async with served(handler) as path:
+            for size in range(
+                0, 512 * 1024, 32 * 1024
+            ):  # more than the kernel takes of it: by a little, or by much
+                with dial(path) as sock:
+                    sock.sendall(
+                        f"GET /?size={size} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+                    )
+                    poll = select.poll()
+                    poll.register(sock, 0)  # the other end has closed it: nothing is read here
+                    if not await loop.run_in_executor(None, poll.poll, DEADLINE_S * 1000):
+                        held.append(size)
+        return held
+
+    monkeypatch.setattr(http_server, "WRITE_TIMEOUT_S", 0.2)
+    assert asyncio.run(scenario()) == []
+
+
 def test_who_sends_many_requests_at_once_takes_turns_with_others() -> None:
     async def scenario() -> list[str]:
         asked: list[str] = []
@@ -297,6 +328,26 @@ def test_who_follows_without_a_token_keeps_nobody_out_who_has_it(application, to
         assert follow(port, watch) == b"HTTP/1.1 503"
         assert follow(port, watch + bearer) == b"HTTP/1.1 200"
         assert follow(master.control, watch) == b"HTTP/1.1 200"
+        stack.close()
+        master.stop()
+
+
+def test_of_many_who_begin_to_follow_at_once_no_more_than_may_are_let_in(application) -> None:
+    port, too_many = free_port(), 30
+    watch = f"GET {HOT}/watch HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with (
+        supervised("shop:app", "--admin", f"127.0.0.1:{port}", cwd=application("1")) as master,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(3):
+            assert call(port, "HEAD", f"{HOT}/watch")[0] == 200  # which follows nothing
+        socks = [stack.enter_context(dial(port)) for _ in range(MAX_FOLLOWERS + too_many)]
+        master.signal(signal.SIGSTOP)
+        for sock in socks:
+            sock.sendall(watch)
+        master.signal(signal.SIGCONT)
+        answers = Counter(sock.recv(12) for sock in socks)
+        assert answers == {b"HTTP/1.1 200": MAX_FOLLOWERS, b"HTTP/1.1 503": too_many}
         stack.close()
         master.stop()
 
@@ -501,6 +552,7 @@ def test_the_page_on_security_names_every_socket() -> None:
         "control.sock",
         "notify.sock",
         ".adopt",
+        ".http",
         "--admin",
         "--token-file",
         "--control-group",
