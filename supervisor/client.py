@@ -101,14 +101,14 @@ def orphans(instance: Instance) -> list[dict[str, Any]]:
 def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
     """End the workers that have lost their master, gracefully within `budget_s`, then by force; returns their pids."""
     pidfds: dict[int, int] = {}
+    owner = os.stat(instance.directory).st_uid
     for worker in orphans(instance):
-        try:
-            pidfds[worker["pid"]] = os.pidfd_open(worker["pid"])
+        with contextlib.suppress(ProcessLookupError):
+            pidfds[worker["pid"]] = _pidfd(worker["pid"], owner)
+        with contextlib.suppress(CallError):
             asyncio.run(
                 call(worker["control"], "POST", f"{HOT}/stop?timeout={budget_s:g}", timeout_s=READ_TIMEOUT_S)
             )
-        except (CallError, ProcessLookupError):
-            continue
     deadline = time.monotonic() + budget_s + _KILL_GRACE_S
     for pidfd in pidfds.values():
         poll = select.poll()
@@ -122,6 +122,21 @@ def stop_orphans(instance: Instance, budget_s: float) -> list[int]:
     with contextlib.suppress(OSError):
         os.unlink(instance.journal)
     return list(pidfds)
+
+
+def _pidfd(pid: int, user: int) -> int:
+    """Of a process of `user`, that of the instance: what is told on its sockets must not end anybody else's.
+
+    Raises `ProcessLookupError`.
+    """
+    import psutil
+
+    pidfd = os.pidfd_open(pid)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if psutil.Process(pid).uids().effective == user:
+            return pidfd
+    os.close(pidfd)
+    raise ProcessLookupError
 
 
 def stop(instance: Instance, at_once: bool, timeout_s: float | None) -> dict[str, Any]:

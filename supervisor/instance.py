@@ -326,7 +326,8 @@ def search_path(runtime_dir: str | None, environ: Mapping[str, str]) -> list[str
 def find(runtime_dir: str | None, name: str | None, environ: Mapping[str, str]) -> Instance:
     """The one instance that fits: running, or with workers that have lost their master.
 
-    Those of other users are passed over, as long as there is one of our own.
+    Those of other users are passed over, as long as there is one of our own; so is our place in the temporary directory,
+    if it was somebody else who made it.
 
     Raises `InstanceError`: none, several (it lists them), or not ours to read (it says who may).
     """
@@ -334,13 +335,19 @@ def find(runtime_dir: str | None, name: str | None, environ: Mapping[str, str]) 
     found: list[Instance] = []
     running: list[Instance] = []
     denied: list[str] = []
+    strange = ""
     for place in places:
         try:
+            if place == _temporary():
+                check_private(place)
             entries = sorted(os.listdir(place))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError:
             denied.append(place)
+            continue
+        except InstanceError as error:
+            strange = str(error)
             continue
         for entry in entries:
             if name is not None and entry != name:
@@ -357,8 +364,8 @@ def find(runtime_dir: str | None, name: str | None, environ: Mapping[str, str]) 
     if len(live) == 1:
         return live[0]
     wanted = f"instance {name!r}" if name else "instance"
-    if not live and denied:
-        raise InstanceError(_denied(denied[0]))
+    if not live and (denied or strange):
+        raise InstanceError(_denied(denied[0]) if denied else strange)
     if not live:
         raise InstanceError(
             f"no {wanted} of segue runs here (looked in {', '.join(places)}); see --runtime-dir"

@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -414,6 +415,55 @@ def test_a_runtime_directory_of_somebody_else_is_refused(application) -> None:
     done = segue("serve", "shop:app", "--runtime-dir", directory, cwd=application("1"))
     assert done.returncode == 5
     assert "60003" in done.stderr
+
+
+def test_commands_do_not_look_into_a_place_in_the_temporary_directory_that_others_can_write_to() -> None:
+    temporary = made_directory("segue-o-")
+    place = Path(temporary, f"segue-{os.geteuid()}")
+    (place / "nobodys").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(place / "nobodys" / "g1w1.sock"))
+        place.chmod(0o777)
+        done = segue(
+            "status", "--name", "nobodys", TMPDIR=temporary, XDG_RUNTIME_DIR="", RUNTIME_DIRECTORY=""
+        )
+    assert done.returncode == 5
+    assert f"{place} can be written to by others" in done.stderr
+
+
+def test_who_pretends_to_be_a_worker_of_another_process_does_not_have_it_ended() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can end what others have started")
+    runtime = made_directory("segue-o-")
+    directory = Path(runtime, "default")
+    directory.mkdir()
+    asked: list[bytes] = []
+
+    def pretend(listener: socket.socket, pid: int) -> None:
+        document = json.dumps({"pid": pid}).encode()
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                asked.append(sock.recv(65536).split(b" HTTP")[0])
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(document), document))
+                sock.close()
+
+    with (
+        subprocess.Popen(["sleep", "600"], env=environment()) as victim,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        try:
+            listener.bind(str(directory / "g1w1.sock"))
+            listener.listen()
+            os.chown(directory, 60_004, -1)
+            threading.Thread(target=pretend, args=(listener, victim.pid), daemon=True).start()
+            done = segue("stop", "--now", "--runtime-dir", runtime)
+            assert done.returncode == 0, done.stderr
+            assert asked == [f"GET {HOT}/status".encode(), f"POST {HOT}/stop?timeout=0".encode()]
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_the_token_is_nowhere_but_in_its_file(application, token_file) -> None:
