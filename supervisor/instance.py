@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 
 import msgspec
@@ -25,6 +26,9 @@ RESTART = "restart"
 _MAX_SOCKET_PATH = 107
 """Bytes in ``sun_path`` less the closing zero, unix(7)."""
 _LONGEST_NAME = len("g99999w9999.adopt")
+_LOOK_S = 5.0
+"""How long those who look whether the lock is taken may have it in a starting master's way."""
+_RETRY_S = 0.001
 _FIGURES = re.compile(r"g([0-9]+)w([0-9]+)\.figures")
 _WORKER_SOCKET = re.compile(r"g([0-9]+)w([0-9]+)\.(?:sock|adopt)")
 
@@ -178,7 +182,7 @@ class Instance:
                 f"cannot open {path}: {error.strerror}; remove it, or choose another --runtime-dir"
             ) from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(fd)
         except OSError as error:
             owner = read_owner(fd)
             os.close(fd)
@@ -261,6 +265,23 @@ class Instance:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _flock(fd: int) -> None:
+    """Take the lock for this process alone. Raises OSError, `BlockingIOError` if another has it so.
+
+    Whoever looks whether it is taken has it for a moment together with others who look: that is waited for.
+    """
+    deadline = time.monotonic() + _LOOK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        time.sleep(_RETRY_S)
 
 
 def read_owner(fd: int) -> Owner | None:

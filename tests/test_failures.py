@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 
 import psutil
 import pytest
-from scenario import HOT, Client, Load, NotStarted, Segue, segue, supervised, unix_call
+from scenario import HOT, Client, Load, NotStarted, Segue, made_directory, segue, supervised, unix_call
+
+from segue.supervisor.instance import LOCK, Instance, LockedError
 
 
 def alive(pid: int) -> bool:
@@ -192,6 +195,24 @@ def test_logging_goes_on_while_the_master_is_stopped_or_gone(application) -> Non
                     assert client.get("/work?ms=20")[0] == 200
         master.process.wait()
         assert master.command("stop").returncode == 0
+
+
+def test_who_looks_whether_there_is_a_master_keeps_none_from_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    instance = Instance(os.path.join(made_directory("segue-l-"), "default"))
+    instance.create()
+    looking = os.open(os.path.join(instance.directory, LOCK), os.O_RDONLY | os.O_CREAT, 0o600)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))  # it has seen enough
+    instance.lock([])
+    os.close(looking)
+    owner = Instance(instance.directory).locked_by()
+    assert owner is not None
+    assert owner.pid == os.getpid()
+    with pytest.raises(LockedError):
+        Instance(instance.directory).lock([])
+    instance.release()
 
 
 def test_two_masters_on_one_name_are_refused_by_name_and_pid(application) -> None:
