@@ -89,9 +89,8 @@ def replace_next(turn: Turn, generation: m.Generation) -> None:
         return
     if any(other.replaces is not None for other in generation.workers.values()):
         return
-    promote = turn.state.promote
-    mixed = promote is not None and promote.is_mixed  # only who can't be waited for
-    for worker in generation.having(frozenset({WorkerState.HUNG}) if mixed else m.SERVING):
+    leaves = turn.state.promote is not None  # then only who hangs: a canary waits for them
+    for worker in generation.having(frozenset({WorkerState.HUNG}) if leaves else m.SERVING):
         if worker.replace_why and worker.deadline is None:
             turn.say("warning", "worker-replaced", generation, worker, reason=worker.replace_why)
             turn.spawn(generation, gated=True, replaces=worker.id)

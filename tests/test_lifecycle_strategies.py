@@ -153,6 +153,22 @@ def test_nobody_is_replaced_and_hands_over_while_a_canary_serves() -> None:
     assert answered(world, operation).ok
 
 
+def test_a_canary_waits_for_the_one_that_is_being_replaced_and_not_for_those_after_it() -> None:
+    """Where there is always another one, it would never begin."""
+    world = started(3)
+    staged(world)
+    for process in world.of(1):
+        process.wants_recycling = True
+    world.run_until(lambda: world.said["worker-replaced"] == 1)
+    operation, seen = world.promote(canary=1, canary_for=5.0), len(world.log)
+    world.run(0.0)
+    assert world.state.promote is not None
+    assert world.state.promote.phase is PromotePhase.MUSTER
+    until_phase(world, PromotePhase.CANARY)
+    assert not spawns(world, seen)
+    assert answered(world, operation).ok
+
+
 def test_what_was_asked_with_the_reload_has_precedence_over_the_settings() -> None:
     world = started(3, canary=1, canary_for=30.0)
     assert answered(world, world.reload(canary=0)).ok
