@@ -23,6 +23,8 @@ EPOCH_MEMBER = "epoch"
 
 DRAIN_MODES = ("reject", "queue")
 """What may become of new work in an operator's drain: refused, or held until it ends."""
+BEFORE_STOP = "stop"
+"""One that a master alone gives, while a stop waits (`stop_delay`): readiness is off, and all work is taken as before."""
 MAX_WORKERS = 1024
 """How many an instance can be asked to run."""
 MAX_COUNT = 10**9

@@ -8,7 +8,7 @@ from segue.supervisor.turn import STOPPING_CAUSE, Turn
 
 
 def asked(turn: Turn, event: m.DrainAsked) -> None:
-    """Tell every worker that has connections, or will."""
+    """Begin it, change its mode, or end it."""
     if turn.state.stopping is not None:
         turn.settle(event.operation, ok=False, reason=STOPPING_CAUSE)
         return
@@ -16,6 +16,11 @@ def asked(turn: Turn, event: m.DrainAsked) -> None:
     turn.state.drain_mode = event.mode
     turn.state.drain_change = m.DrainChange(event.operation, set())
     turn.say("info", "drain", None, None, mode=event.mode or "off")
+    tell(turn)
+
+
+def tell(turn: Turn) -> None:
+    """The mode, to every worker that has connections, or will."""
     for generation in turn.state.generations.values():
         for worker in generation.having(m.SERVING | m.LEAVING | {WorkerState.ACTIVATING}):
             turn.tell_drain(generation, worker)

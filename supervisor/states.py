@@ -6,7 +6,7 @@ from copy import copy
 
 import msgspec
 
-from segue.handoff.messages import ServiceRecord
+from segue.handoff.messages import BEFORE_STOP, ServiceRecord
 from segue.supervisor.events import ReloadAsked, ScaleAsked, SwapAsked
 from segue.supervisor.generations import SERVING, Generation, GenerationState
 from segue.supervisor.underway import Change, DrainChange, Probation, Promote, Scaling, Stopping, Swap
@@ -91,6 +91,13 @@ class State(msgspec.Struct):
     def ending(self) -> bool:
         """Whether a stop has begun: nothing is started any more."""
         return self.stopping is not None and self.stopping.begun
+
+    @property
+    def told_mode(self) -> str | None:
+        """The drain mode that workers are told: while a stop waits they say, too, that others are to be asked."""
+        if self.drain_mode is None and self.stopping is not None and not self.stopping.begun:
+            return BEFORE_STOP
+        return self.drain_mode
 
     @property
     def ready(self) -> bool:

@@ -24,6 +24,8 @@ def asked(turn: Turn, event: m.StopAsked) -> None:
         for generation in turn.state.generations.values():
             generation.limits = msgspec.structs.replace(generation.limits, stop_timeout=event.budget)
         _refuse_waiting(turn, STOPPING_CAUSE)
+        if event.delay > 0 and not event.at_once:
+            operator_drain.tell(turn)  # balancers may ask a worker (`health_path`)
     elif event.operation is None:
         event = m.StopAsked(None, at_once=True)  # the second signal
     stopping.operations += operations

@@ -120,18 +120,18 @@ class Turn:
         worker = m.Worker(number, WorkerState.BOOTING, deadline=None, heard=self.now, replaces=replaces)
         if self.serves(generation):
             worker.deadline = self.now + generation.limits.ready_timeout
-        worker.drain_mode = self.state.drain_mode
+        worker.drain_mode = self.state.told_mode
         worker.swaps_seen = self.state.swap_count
         generation.workers[number] = worker
         services = dict(self.state.services)
-        self.effects.append(m.Spawn(generation.id, number, gated, self.state.drain_mode, services))
+        self.effects.append(m.Spawn(generation.id, number, gated, self.state.told_mode, services))
 
     def activate(self, generation: m.Generation, worker: m.Worker, watch: float = 0.0) -> None:
         """Let it accept connections, again if it has before; for `watch` seconds what it answers is watched."""
         worker.state, worker.cause, worker.handover_refused = WorkerState.ACTIVATING, "", False
         worker.unasked = False
         worker.deadline = self.now + self._busy_s(worker) + ACTIVATE_TIMEOUT_S + SLACK_S
-        if worker.drain_mode != self.state.drain_mode:
+        if worker.drain_mode != self.state.told_mode:
             self.tell_drain(generation, worker)
         self.command(generation, worker, Verb.ACTIVATE, ACTIVATE_TIMEOUT_S, watch=watch)
 
@@ -139,9 +139,9 @@ class Turn:
         """Tell it of the operator's drain; whoever asked for that waits for the answer."""
         if self.state.drain_change is not None:
             self.state.drain_change.pending.add((generation.id, worker.id))
-        worker.drain_mode = self.state.drain_mode
+        worker.drain_mode = self.state.told_mode
         worker.drains_unanswered += 1
-        self.command(generation, worker, Verb.DRAIN, COMMAND_TIMEOUT_S, mode=self.state.drain_mode)
+        self.command(generation, worker, Verb.DRAIN, COMMAND_TIMEOUT_S, mode=self.state.told_mode)
 
     def quiet(self, generation: m.Generation, workers: list[m.Worker]) -> None:
         """First phase: all that leave stop accepting and reading the relay, before any of them sends."""

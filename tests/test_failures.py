@@ -299,6 +299,23 @@ def test_stop_delay_goes_on_serving_with_readiness_off(application) -> None:
         assert master.wait_exit() == 0
 
 
+def test_a_balancer_that_asks_a_worker_is_told_of_a_stop_that_waits(application) -> None:
+    flags = ("--workers", "2", "--stop-delay", "600", "--health-path", "/healthz")
+    with supervised("shop:app", *flags, cwd=application("1")) as master:
+        port = master.port
+        with Client(port) as client:
+            assert client.get("/healthz")[0] == 200
+            master.signal(signal.SIGTERM)
+            master.output.wait_for("stopping")
+            master.wait_status(lambda _: client.get("/healthz")[0] == 503)
+            assert b"stopping" in client.get("/healthz")[2]
+            assert client.get("/")[0] == 200
+        with Client(port) as another:  # and so are those that come
+            assert another.get("/")[0] == 200
+        master.signal(signal.SIGTERM)  # enough of it
+        assert master.wait_exit() == 0
+
+
 def test_ttin_and_ttou_add_and_remove_a_worker_without_cutting_a_connection(application) -> None:
     with supervised("shop:app", "--no-access-log", cwd=application("1")) as master:
         with Load(master.port, "--keepalive", "20", "--newconn", "4", "--sse", "2") as load:

@@ -11,6 +11,7 @@ from test_lifecycle_probation import outcomes
 from test_lifecycle_promotion import answered, calm, commands, serving, staged, started, state_of
 from test_lifecycle_strategies import most_while, until_phase
 
+from segue.handoff.messages import BEFORE_STOP
 from segue.supervisor import lifecycle
 from segue.supervisor.model import (
     Activated,
@@ -53,6 +54,17 @@ def test_a_parked_generation_outlives_the_master_and_its_time_goes_on() -> None:
     assert world.now - began < 0.05
     world.run(3.0)
     assert serving(world) == parked
+
+
+def test_a_stop_that_waits_is_forgotten_with_the_master_and_workers_are_asked_for_again() -> None:
+    world = recorded()
+    world.signal_stop(delay=100.0)
+    world.run(1.0)
+    assert {process.operator_drain for process in world.serving()} == {BEFORE_STOP}
+    world.kill_master()
+    world.run(5.0)
+    assert world.state.ready
+    assert {process.operator_drain for process in world.serving()} == {None}
 
 
 def test_a_parked_generation_whose_time_is_over_when_the_next_master_comes_ends() -> None:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from simulator import LIMITS, World
 
+from segue.handoff.messages import BEFORE_STOP
 from segue.supervisor import lifecycle, staffing, turn
 from segue.supervisor import model as m
 from segue.supervisor.model import GenerationState, Verb, WorkerState
@@ -646,9 +647,11 @@ def test_stop_delay_goes_on_serving_with_readiness_off_and_replaces_what_dies() 
     world = started(workers=1)
     world.signal_stop(delay=10.0)
     assert not world.state.ready
+    world.run(1.0)
+    assert {process.operator_drain for process in world.serving()} == {BEFORE_STOP}
     world.crash(world.serving()[0])
     world.run(5.0)
-    assert len(world.serving()) == 1
+    assert [process.operator_drain for process in world.serving()] == [BEFORE_STOP]
     world.run(20.0)
     assert world.exit == 0
 

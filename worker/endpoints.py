@@ -8,7 +8,7 @@ from typing import Protocol
 
 from segue.handoff.browser import foreign
 from segue.handoff.http import Handler, Request, Response, Router, json_response, problem
-from segue.handoff.messages import DRAIN_MODES, EPOCH_HEADER, HOT, WorkerMode, WorkerStatus
+from segue.handoff.messages import BEFORE_STOP, DRAIN_MODES, EPOCH_HEADER, HOT, WorkerMode, WorkerStatus
 from segue.worker.adoption import Adoption
 from segue.worker.services.endpoints import PHASES, phase, reload
 from segue.worker.services.hosted import Hosted
@@ -88,7 +88,7 @@ def handler(worker: Commands) -> Handler:
 
     async def drain_start(request: Request) -> Response:
         mode = request.query.get("mode", "")
-        if mode in DRAIN_MODES:
+        if mode in {*DRAIN_MODES, BEFORE_STOP}:
             worker.operator_drain = mode
         elif mode != HANDOVER:
             known = (HANDOVER, *DRAIN_MODES)

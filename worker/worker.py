@@ -21,7 +21,15 @@ import uvicorn
 
 from segue.handoff import descriptors
 from segue.handoff.http_server import serve
-from segue.handoff.messages import FdName, Figures, WorkerMode, WorkerPhase, WorkerSpec, WorkerStatus
+from segue.handoff.messages import (
+    BEFORE_STOP,
+    FdName,
+    Figures,
+    WorkerMode,
+    WorkerPhase,
+    WorkerSpec,
+    WorkerStatus,
+)
 from segue.worker import public
 from segue.worker.access import AccessLog
 from segue.worker.accounts import Accounts
@@ -137,12 +145,13 @@ class Worker:
 
     @property
     def operator_drain(self) -> str | None:
-        """What an operator wants done with new work, if anything: ``reject`` or ``queue``."""
-        return gate.mode
+        """What an operator wants done with new work, if anything: ``reject`` or ``queue``; or `BEFORE_STOP`."""
+        return BEFORE_STOP if self._before_stop else gate.mode
 
     @operator_drain.setter
     def operator_drain(self, mode: str | None) -> None:
-        gate.set_mode(mode)
+        self._before_stop = mode == BEFORE_STOP
+        gate.set_mode(None if self._before_stop else mode)
 
     @property
     def relay(self) -> tuple[socket.socket, socket.socket]:
@@ -235,7 +244,7 @@ class Worker:
             self._telling.mode(mode)
 
     def _unhealthy(self) -> str | None:
-        if self.mode is WorkerMode.STOPPING:
+        if self.mode is WorkerMode.STOPPING or self._before_stop:
             return "stopping"
         return None if self.operator_drain is None else f"draining ({self.operator_drain})"
 
