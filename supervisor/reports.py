@@ -82,9 +82,10 @@ def hand_over_again(turn: Turn, generation: m.Generation, worker: m.Worker, _: m
 
 
 def asks(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:
-    """It wants to be replaced."""
+    """It wants to be replaced; later, if many who were are not done yet with their streams: it asks with each heartbeat."""
     assert isinstance(event, m.WorkerAsks)
-    staffing.replace(turn, generation, worker, event.why)
+    if len(generation.having(m.LEAVING)) < generation.wanted:
+        staffing.replace(turn, generation, worker, event.why)
 
 
 def quieted(turn: Turn, generation: m.Generation, worker: m.Worker, event: m.WorkerEvent) -> None:

@@ -377,6 +377,24 @@ def test_a_worker_that_asks_to_be_replaced_is_not_cut() -> None:
     assert not world.said["worker-killed"]
 
 
+def test_who_has_long_streams_is_recycled_but_not_as_fast_as_processes_can_be_started() -> None:
+    """Each goes on until its streams end: more and more of them would fill the memory."""
+    world = started(workers=2)
+    most = 0
+
+    def look() -> bool:
+        nonlocal most
+        for process in world.serving():
+            process.wants_recycling, process.work_s = True, 1000.0
+        leaving = current(world).having(m.LEAVING)
+        most = max(most, len(leaving))
+        return world.said["worker-replaced"] >= 8
+
+    world.run_until(look, limit=2000.0)
+    assert 2 <= most < 4
+    assert len(world.serving()) == 2
+
+
 def test_a_respawn_does_not_take_part_when_the_code_has_changed() -> None:
     world = started()
     world.deploy("good")
