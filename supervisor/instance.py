@@ -281,6 +281,7 @@ def _flock(fd: int) -> None:
             if time.monotonic() > deadline:
                 raise
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_UN)  # else two that start would keep each other out
         time.sleep(_RETRY_S)
 
 

@@ -215,6 +215,29 @@ def test_who_looks_whether_there_is_a_master_keeps_none_from_starting(
     instance.release()
 
 
+def test_of_two_that_start_while_somebody_looks_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = Instance(os.path.join(made_directory("segue-l-"), "default"))
+    instance.create()
+    path = os.path.join(instance.directory, LOCK)
+    looking, other = (os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for _ in range(2))
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    begun = []
+
+    def meanwhile(_: float) -> None:
+        fcntl.flock(looking, fcntl.LOCK_UN)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        begun.append("the other")
+
+    monkeypatch.setattr(time, "sleep", meanwhile)
+    with pytest.raises(LockedError):
+        instance.lock([])
+    assert begun
+    os.close(looking)
+    os.close(other)
+    instance.lock([])
+    instance.release()
+
+
 def test_two_masters_on_one_name_are_refused_by_name_and_pid(application) -> None:
     with supervised("shop:app", cwd=application("1")) as master:
         again = segue("serve", "shop:app", "--runtime-dir", master.runtime_dir, cwd=str(application("1")))
