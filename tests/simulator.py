@@ -222,7 +222,7 @@ class World:
     def hand_over(self, process: Process, connections: int) -> None:
         """A worker lets go of so many: they wait in the relay until somebody takes them."""
         generation = process.key[0]
-        ceased_s = self.now - self.idle_since.get(generation, self.now)
+        ceased_s = self.now - self.superseded.get(generation, self.now)  # some may serve again, as a canary
         told_after = ceased_s > 1.5 * LATENCY_S  # before, it left alone, and its siblings were to stay
         if told_after and generation not in self.harmed and not process.orphaned:
             siblings = [each.key for each in self.of(generation) if each.accepts and not each.deaf]
