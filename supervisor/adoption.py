@@ -328,7 +328,11 @@ def _conclude_promote(
         because=known.promote.because,
     )
     able = _SERVING | _RETURNING if generation.served_until else _SERVING
-    whole = len(modes) == len(workers) >= generation.wanted and all(mode in able for mode in modes)
+    outdated = [w for w in generation.workers.values() if w.swaps_seen < turn.state.swap_count]
+    fresh = len(workers) - len(outdated)
+    if (written := known.generations.get(generation.id)) is not None:
+        generation.missing = min(written.missing, max(0, generation.target - fresh))
+    whole = len(modes) == len(workers) and all(mode in able for mode in modes) and fresh >= generation.wanted
     for found in workers:
         worker = generation.workers[found.key[1]]
         mode = found.told.mode if found.told is not None else None
@@ -345,8 +349,14 @@ def _conclude_promote(
     if not whole or known.promote.mixed:
         promotion.fail(turn, generation, INTERRUPTED)
         return "undone"
+    for worker in outdated:
+        if worker.state is WorkerState.PARKED:
+            turn.dismiss(generation, worker, promotion.OUTDATED)
+        else:
+            turn.leave(generation, worker, promotion.OUTDATED)
     for worker in generation.having(frozenset({WorkerState.READY, WorkerState.ACTIVATING}) | m.RETURNING):
-        turn.activate(generation, worker)
+        if worker not in outdated:
+            turn.activate(generation, worker)
     return "finished"
 
 

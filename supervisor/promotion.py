@@ -25,6 +25,8 @@ _NEW = frozenset(
 )
 UNKNOWN = 404
 """HTTP status of what is asked for a generation that there is not."""
+OUTDATED = "a service was swapped since it was started"
+"""Or a swap was taken back, and nobody knows whether this worker has done so."""
 
 
 # ------------------------------------------------------------------------------------------------------ what is asked
@@ -135,7 +137,7 @@ def begin(
         generation.missing = 0  # it is tried anew
     for worker in list(generation.workers.values()):
         if worker.swaps_seen < state.swap_count:
-            turn.dismiss(generation, worker, "a service was swapped since it was started")
+            turn.dismiss(generation, worker, OUTDATED)
     promote = state.promote = m.Promote(
         generation.id,
         state.current,

@@ -305,6 +305,32 @@ def test_what_did_not_say_whether_it_took_back_a_swap_is_not_gone_back_to_as_it_
     assert [process.versions for process in world.serving()] == [{}, {}]
 
 
+def test_what_has_a_swap_that_was_not_decided_is_left_out_when_a_way_back_is_finished() -> None:
+    world = recorded(workers=3, park_for=100.0)
+    old, *others = world.live()
+    for process in (old, *others):
+        process.work_s = 30.0
+    world.faults["silent commit"] = "odd"
+    world.swap(name="other")
+    world.run(1.0)
+    assert [process.versions for process in (old, *others)] == [{"model": 2}, {}, {}]
+    world.deploy()  # so that nobody can be started in its place
+    world.kill_master()
+    world.faults.clear()
+    assert answered(world, world.reload()).ok
+    world.run(1.0)
+    world.rollback(1)
+    until_phase(world, PromotePhase.ACTIVATE)
+    world.restore(1)
+    world.kill_master()
+    world.run(0.5)
+    assert serving(world) == {process.key for process in others}
+    assert old.mode == "draining"
+    world.run(200.0)
+    assert [process.versions for process in world.serving()] == [{}, {}, {}]
+    calm(world)
+
+
 def test_what_boots_with_a_swap_that_was_not_written_down_does_not_serve_with_it() -> None:
     world = recorded(workers=2)
     world.run(5.0)
