@@ -126,7 +126,7 @@ def test_a_retained_message_is_taken_once_over_generations_and_a_new_filter_gets
 
 def test_who_has_no_successor_leaves_at_once(tmp_path: Path) -> None:
     code = tmp_path / "code"
-    with broker(tmp_path) as server, serving(code, server, workers=2) as master:
+    with broker(tmp_path) as server, serving(code, server, workers=1) as master:
         master.stop()
         assert "hsp-no-cut" not in master.output.text
         assert RECRUITED not in master.output.text
