@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -32,6 +33,14 @@ class Instance(msgspec.Struct, frozen=True):
 
     identity: str
     epoch: int
+
+
+class Clock(msgspec.Struct, frozen=True):
+    """By which the times were written: the wall clock may be set before they are read."""
+
+    boot: str
+    wall: float
+    """What a Unix time is ahead of the monotonic clock of that boot."""
 
 
 class Numbers(msgspec.Struct, frozen=True):
@@ -120,7 +129,7 @@ class Memory(msgspec.Struct):
     """Everything that was written down."""
 
     wall: float = 0.0
-    """What a Unix time is ahead of this machine's monotonic clock, in which it is read."""
+    """What a Unix time in it is ahead of this machine's monotonic clock."""
     instance: Instance | None = None
     numbers: Numbers = Numbers()
     current: int | None = None
@@ -145,7 +154,7 @@ _OPERATION = "operation/"
 def recall(values: dict[str, bytes]) -> Memory:
     """Read it back. Never raises."""
     memory = Memory(
-        wall=wall(),
+        wall=_wall_then(_decode(values.get("clock"), Clock)),
         instance=_decode(values.get("instance"), Instance),
         numbers=_decode(values.get("numbers"), Numbers) or Numbers(),
         promote=_decode(values.get("promote"), Promote),
@@ -182,12 +191,24 @@ def wall() -> float:
     return time.time() - time.monotonic()
 
 
+def _wall_then(written: Clock | None) -> float:
+    return written.wall if written is not None and written.boot == _boot() != "" else wall()
+
+
+def _boot() -> str:
+    """What tells this boot of the machine from every other (random(4)); empty if that is hidden here."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 class Writer:
     """Puts the state of a master into the form of the journal."""
 
     def __init__(self, instance: Instance, clock: Callable[[], float] = wall) -> None:
         """`clock` tells what a Unix time is ahead of the clock of the state."""
-        self._instance, self._clock = instance, clock
+        self._instance, self._clock, self._boot = instance, clock, _boot()
         self._promote: Promote | None = None
         self._sources: dict[int, tuple[Snapshot, Sources]] = {}
 
@@ -208,6 +229,7 @@ class Writer:
         undecided = state.swap if state.swap is not None and not state.swap.decided else None
         values: dict[str, Any] = {
             "instance": self._instance,
+            "clock": Clock(self._boot, round(wall, 1)),
             "numbers": Numbers(state.next_generation, next_operation, state.swap_count),
             "current": state.current,
             "drain_mode": state.drain_mode,

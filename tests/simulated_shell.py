@@ -318,7 +318,6 @@ class Shell:
         """Another one starts, and finds what there is."""
         world = self._world
         known = memory.recall({key: msgspec.json.encode(value) for key, value in self.written.items()})
-        known.wall = 0.0
         workers = [FoundWorker(p.key, _known_process(p), p.accept_master()) for p in world.live()]
         adopted = adoption.adopt(
             known, Found(workers), dict.fromkeys(world.releases, world.limits), world.now

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +75,12 @@ def test_what_cannot_be_understood_is_left_out() -> None:
     assert known.current is None
     assert known.generations == {}
     assert known.drain_mode == "reject"
+
+
+@pytest.mark.parametrize("boot", ["", "another"])
+def test_times_of_another_boot_are_read_by_the_wall_clock(boot: str) -> None:
+    known = memory.recall({"clock": msgspec.json.encode(memory.Clock(boot, 5.0))})
+    assert known.wall == pytest.approx(memory.wall(), abs=60)
 
 
 def test_it_is_written_anew_when_it_has_grown(tmp_path: Path) -> None:

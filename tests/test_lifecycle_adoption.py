@@ -12,7 +12,7 @@ from test_lifecycle_promotion import answered, calm, commands, serving, staged, 
 from test_lifecycle_strategies import most_while, until_phase
 
 from segue.handoff.messages import BEFORE_STOP
-from segue.supervisor import lifecycle
+from segue.supervisor import lifecycle, memory
 from segue.supervisor.model import (
     Activated,
     GenerationState,
@@ -54,6 +54,18 @@ def test_a_parked_generation_outlives_the_master_and_its_time_goes_on() -> None:
     assert world.now - began < 0.05
     world.run(3.0)
     assert serving(world) == parked
+
+
+@pytest.mark.parametrize("ahead_s", [-14_400.0, 14_400.0])
+def test_a_clock_that_is_set_while_there_is_no_master_changes_no_time(
+    monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    world = reloaded(park_for=60.0)
+    before = world.state.generations[1].warm_until
+    monkeypatch.setattr(memory, "wall", lambda: ahead_s)
+    world.kill_master(downtime=3.0)
+    assert state_of(world, 1) is GenerationState.PARKED
+    assert world.state.generations[1].warm_until == pytest.approx(before, abs=0.1)
 
 
 def test_a_stop_that_waits_is_forgotten_with_the_master_and_workers_are_asked_for_again() -> None:
