@@ -217,8 +217,12 @@ def code_changed(turn: Turn, generation: m.Generation, worker: m.Worker, event: 
         return
     reason = f"{event.what}; run a reload to move to the new code"
     if worker.replaces is not None:
+        turn.say(
+            "warning", "worker-not-replaced", generation, worker, reason=reason, replaces=worker.replaces
+        )
         staffing.replace_later(turn, generation, worker, staffing.BACKOFF_CAP_S)
-    elif turn.state.scaling is not None:
+        return
+    if turn.state.scaling is not None:
         staffing.undo_scaling(turn, generation, reason)
     else:
         generation.missing += 1

@@ -395,6 +395,18 @@ def test_who_has_long_streams_is_recycled_but_not_as_fast_as_processes_can_be_st
     assert len(world.serving()) == 2
 
 
+def test_who_is_to_be_recycled_stays_while_the_code_has_changed() -> None:
+    world = started()
+    world.deploy("good")
+    [recycled, _] = world.serving()
+    recycled.wants_recycling = True
+    world.run_until(lambda: world.said["worker-not-replaced"] >= 2, limit=100.0)
+    assert recycled in world.serving()
+    assert not world.said["generation-short"]
+    assert answered(world, world.reload()).ok
+    assert not [process for process in world.serving() if process.key[0] == 1]
+
+
 def test_a_respawn_does_not_take_part_when_the_code_has_changed() -> None:
     world = started()
     world.deploy("good")
