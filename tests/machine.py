@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Machine:
             self.segue = self.place / "bin" / "segue"
             self._install_segue()
             pid_file = self.place / "pid"
-            options = ["--host-systemd"] if host_systemd else []
+            options = ["--boot-timeout", f"{DEADLINE_S:.0f}", *(["--host-systemd"] if host_systemd else [])]
             self._process = subprocess.Popen(
                 [SCRIPT, *options, "--bind", self.place, "--pid-file", pid_file, "--", "cat"],
                 stdin=subprocess.PIPE,
@@ -97,7 +97,9 @@ class Machine:
         self.segue.chmod(0o755)
 
     def _wait_up(self, pid_file: Path) -> int:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = (
+            time.monotonic() + 3 * DEADLINE_S
+        )  # the first has to download what it boots, and others wait for that
         while not pid_file.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._process.terminate()
@@ -240,6 +242,13 @@ class Service:
         document: dict[str, Any] = json.loads(self.command("status", "--json").stdout)
         return document
 
+    def wait_status(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Ask for the status until `condition` holds of it."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition(status := self.status()):
+            assert time.monotonic() < deadline, status
+            select.select([], [], [], 0.05)
+
     def master(self) -> int:
         return int(self.machine.show(self.unit, "MainPID")["MainPID"])
 
@@ -284,8 +293,12 @@ class Service:
             if sock is None:
                 connection.close()
 
-    def wait_answer(self, answer: str, sock: socket.socket) -> None:
-        """Until a kept connection is answered so: it moves on its own, a moment after new ones are accepted there."""
+    def wait_answer(self, answer: str, sock: socket.socket | None = None) -> None:
+        """Until a kept connection is answered so: it moves on its own, a moment after new ones are accepted there.
+
+        Without one, until who connects is: `segue reload` returns when the new workers accept, a moment before the old
+        ones cease to. (READY comes after that.)
+        """
         deadline = time.monotonic() + DEADLINE_S
         while self.get("/", sock) != answer:
             assert time.monotonic() < deadline
