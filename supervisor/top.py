@@ -73,12 +73,13 @@ class _Ended(BaseException):
         self.status = status
 
 
-class _Asked:
+class Asked:
     """What was asked for with a key: asks in a thread of its own, and tells the outcome."""
 
     def __init__(self, instance: Instance, changed: Callable[[], None]) -> None:
         self._instance, self._changed = instance, changed
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._busy = False
         self.message = ""
         self.waiting: tuple[Action, str] | None = None
         """What is to be confirmed."""
@@ -86,15 +87,16 @@ class _Asked:
     def press(self, action: Action, document: dict[str, Any]) -> None:
         """Do it, or ask whether it is meant."""
         target = action.target(document)
-        if self._thread is not None and self._thread.is_alive():
-            self.message = "one thing at a time"
-        elif action.ask_first:
-            self.waiting, self.message = (
-                (action, target),
-                f"{action.name}? [y] to do it, any other key not to",
-            )
-        else:
-            self._start(action, target)
+        with self._lock:
+            if self._busy:
+                self.message = "one thing at a time"
+            elif action.ask_first:
+                self.waiting, self.message = (
+                    (action, target),
+                    f"{action.name}? [y] to do it, any other key not to",
+                )
+            else:
+                self._start(action, target)
 
     def confirm(self, key: str) -> None:
         """The answer to the question."""
@@ -103,9 +105,8 @@ class _Asked:
             self._start(*waiting)
 
     def _start(self, action: Action, target: str) -> None:
-        self.message = f"{action.name} …"
-        self._thread = threading.Thread(target=self._run, args=(action, target), daemon=True)
-        self._thread.start()
+        self._busy, self.message = True, f"{action.name} …"
+        threading.Thread(target=self._run, args=(action, target), daemon=True).start()
 
     def _run(self, action: Action, target: str) -> None:
         try:
@@ -114,9 +115,12 @@ class _Asked:
                 self._instance, operation, lambda phase: self._say(f"{action.name}: {phase} …")
             )
             refused = operation["outcome"] != "ok"
-            self._say(f"{action.name}: {'refused: ' + operation['reason'] if refused else 'done'}")
+            outcome = f"refused: {operation['reason']}" if refused else "done"
         except (InstanceError, KeyError, ValueError) as error:
-            self._say(f"{action.name}: {error}")
+            outcome = str(error)
+        with self._lock:  # who reads it may press the next key
+            self._busy, self.message = False, f"{action.name}: {outcome}"
+        self._changed()
 
     def _say(self, message: str) -> None:
         self.message = message
@@ -131,7 +135,7 @@ def run(look: Look, interval: float) -> int:
         with contextlib.suppress(OSError):
             os.write(write, b"\0")
 
-    asked = _Asked(look.instance, wake)
+    asked = Asked(look.instance, wake)
     console = Console(no_color=not coloured(), highlight=False)
     try:
         with (
@@ -152,7 +156,7 @@ def run(look: Look, interval: float) -> int:
 def _loop(
     look: Look,
     interval: float,
-    asked: _Asked,
+    asked: Asked,
     live: Live,
     keys: Callable[[bool], None],
     wakes: int,
