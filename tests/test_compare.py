@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from scenario import ROOT, environment
 
 
@@ -17,11 +18,12 @@ def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
 
 
+@pytest.mark.timeout(300)
 def test_one_server_goes_through_scenarios_and_a_page_is_written(tmp_path: Path) -> None:
     done = compare(
         "--quick", "--servers", "segue", "--scenarios", "import,signal,memory", "--out", str(tmp_path)

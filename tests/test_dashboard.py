@@ -44,8 +44,9 @@ def cells(page: Page, table: str) -> list[list[str]]:
 
 def test_the_dashboard_shows_what_is_so_and_steers_it(application, token_file) -> None:
     port = free_port()
-    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file), "--workers", "2")
-    with supervised("shop:app", *flags, cwd=application("1")) as master, browser() as page:
+    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    more = ("--workers", "2", "--probation", "600")
+    with supervised("shop:app", *flags, *more, cwd=application("1")) as master, browser() as page:
         origin = f"http://127.0.0.1:{port}/"
         page.open(origin, height=1400)
         live(page)

@@ -298,7 +298,7 @@ def test_a_master_starts_beside_something_that_claims_to_be_a_worker(
         assert impostor.stdout is not None
         assert impostor.stdout.readline() == b"listening\n"
         with supervised("shop:app", cwd=application("1"), runtime_dir=runtime) as master:
-            assert "not-adopted" in master.output.text
+            master.output.wait_for("not-adopted")
             assert "Traceback" not in master.output.text
             assert master.status()["ready"]
             master.stop()

@@ -119,6 +119,7 @@ def test_admin_answers_under_its_own_names_only(application) -> None:
         master.stop()
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_host_is_too_odd_to_be_judged(host: str) -> None:
     request = Request("GET", "/", {}, {"host": host}, b"", None, None)
