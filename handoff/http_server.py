@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -41,6 +41,9 @@ MAX_FIELDS = 200
 """Query parameters."""
 MAX_GROUPS = 256
 """Of a peer, that can be looked at: Python's getsockopt has room for so many."""
+_BACKLOG = 100
+_ACCEPT_PAUSE_S = 1.0
+"""After a try that failed, for want of a descriptor say."""
 _READ_BYTES = 64 * 1024
 _SO_PEERGROUPS = 59
 """unix(7); Python has no name for it."""
@@ -55,41 +58,74 @@ class _Peer(msgspec.Struct, frozen=True):
     groups: frozenset[int] = frozenset()
 
 
-async def serve(sock: socket.socket, handler: Handler, admit: Admit | None = None) -> asyncio.Server:
-    """Answer requests on a bound, listening stream socket until the returned server is closed.
+class Server:
+    """Answers requests on one bound stream socket. Made inside a running event loop.
 
     Where as many connections are open as may be, the one that has waited longest for a request makes room: so nobody
     who only holds connections keeps others out. If none waits, the new one is refused.
     """
-    waiting: dict[asyncio.Task[Any], None] = {}
-    served = 0
-    tasks: set[asyncio.Task[None]] = set()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal served
-        caller = _Caller(reader, writer, waiting)
-        served += 1
+    def __init__(self, sock: socket.socket, handler: Handler, admit: Admit | None = None) -> None:
+        """`sock` is closed with it."""
+        self._sock, self._handler, self._admit = sock, handler, admit
+        self._loop = asyncio.get_running_loop()
+        self._callers = _Callers()
+        self._tasks: set[asyncio.Task[None]] = set()
+        sock.setblocking(False)
+        sock.listen(_BACKLOG)
+        self.accept()
+
+    def accept(self) -> None:
+        """Begin, also again."""
+        if self._sock.fileno() >= 0:
+            self._loop.add_reader(self._sock, self._on_acceptable)
+
+    async def hold(self, timeout_s: float) -> None:
+        """Leave those who come in the kernel's queue, and wait until those who have asked have their answer.
+
+        Also for who has come and not asked yet. Who waits for an outcome may wait for longer: `timeout_s` is the limit.
+        """
+        self._loop.remove_reader(self._sock)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._callers.quiet.wait()
+
+    def close(self) -> None:
+        """Accept nobody any more. Connections go on."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
+
+    def _on_acceptable(self) -> None:
         try:
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                if served > MAX_CONNECTIONS and not _make_room(waiting):
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            self._loop.remove_reader(self._sock)
+            self._loop.call_later(_ACCEPT_PAUSE_S, self.accept)
+            context = {"message": "a connection to a control socket waits to be accepted", "exception": error}
+            self._loop.call_exception_handler(context)
+            return
+        # not left to asyncio, which before Python 3.12 prints a traceback for each connection that its process ends
+        task = self._loop.create_task(self._connected(sock))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._callers.left)
+        task.add_done_callback(_tell_failure)
+        self._callers.asked(task)
+
+    async def _connected(self, sock: socket.socket) -> None:
+        connect = asyncio.open_unix_connection if sock.family == socket.AF_UNIX else asyncio.open_connection
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            caller = _Caller(*await connect(sock=sock), self._callers)
+            try:
+                if len(self._tasks) > MAX_CONNECTIONS and not self._callers.make_room():
                     await caller.refuse(problem(503, _TOO_MANY))
                 else:
-                    await _serve_connection(caller, handler, admit)
-        finally:
-            served -= 1
-            waiting.pop(caller.task, None)
-            writer.close()
-
-    def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # not left to asyncio, which before Python 3.12 prints a traceback for each connection that its process ends
-        task = asyncio.get_running_loop().create_task(connected(reader, writer))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        task.add_done_callback(_tell_failure)
-
-    if sock.family == socket.AF_UNIX:
-        return await asyncio.start_unix_server(accepted, sock=sock)
-    return await asyncio.start_server(accepted, sock=sock)
+                    await _serve_connection(caller, self._handler, self._admit)
+            finally:
+                caller.writer.close()
 
 
 def _tell_failure(task: asyncio.Task[None]) -> None:
@@ -101,13 +137,50 @@ def _tell_failure(task: asyncio.Task[None]) -> None:
 _TOO_MANY = f"{MAX_CONNECTIONS} connections are open already"
 
 
-def _make_room(waiting: dict[asyncio.Task[Any], None]) -> bool:
-    longest = next(iter(waiting), None)
-    if longest is None:
-        return False
-    del waiting[longest]
-    longest.cancel(_TOO_MANY)
-    return True
+class _Callers:
+    """What the connections of one socket are at, by their tasks."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Task[Any], None] = {}
+        """For a request, the longest first."""
+        self._asking: set[asyncio.Task[Any]] = set()
+        self.quiet = asyncio.Event()
+        """Set while none has an answer to come."""
+        self.quiet.set()
+
+    def asked(self, task: asyncio.Task[Any]) -> None:
+        """An answer is due; or, of one that has just come, a request."""
+        self._asking.add(task)
+        self.quiet.clear()
+
+    def answered(self, task: asyncio.Task[Any]) -> None:
+        """It has its answer."""
+        self._asking.discard(task)
+        if not self._asking:
+            self.quiet.set()
+
+    def left(self, task: asyncio.Task[Any]) -> None:
+        """It has ended."""
+        self._waiting.pop(task, None)
+        self.answered(task)
+
+    @contextlib.contextmanager
+    def waiting(self, task: asyncio.Task[Any]) -> Iterator[None]:
+        """For a request; it may have to make room for others."""
+        self._waiting[task] = None
+        try:
+            yield
+        finally:
+            self._waiting.pop(task, None)
+
+    def make_room(self) -> bool:
+        """Whether one could be asked to."""
+        longest = next(iter(self._waiting), None)
+        if longest is None:
+            return False
+        del self._waiting[longest]
+        longest.cancel(_TOO_MANY)
+        return True
 
 
 class _Caller:
@@ -117,7 +190,7 @@ class _Caller:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        waiting: dict[asyncio.Task[Any], None],
+        callers: _Callers,
     ) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -127,22 +200,19 @@ class _Caller:
         writer.transport.set_write_buffer_limits(high=0)
         self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self.peer = _peer(writer)
-        self._waiting = waiting
+        self.callers = callers
 
     async def next_request(self, admit: Admit | None) -> Request | None:
         """The next one, whole; None at the end of the connection. Meanwhile it may have to make room."""
-        self._waiting[self.task] = None
-        self.task.set_name("idle-connection")
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                return await _read_request(self.reader, self.writer, self.connection, self.peer, admit)
+            with self.callers.waiting(self.task):
+                async with asyncio.timeout(READ_TIMEOUT_S):
+                    return await _read_request(self.reader, self.writer, self.connection, self.peer, admit)
         except asyncio.CancelledError as cancelled:
             if cancelled.args != (_TOO_MANY,):
                 raise
             self.task.uncancel()
             raise RefusedError(problem(503, _TOO_MANY)) from None
-        finally:
-            self._waiting.pop(self.task, None)
 
     async def refuse(self, response: Response) -> None:
         """Say so and hang up. What the caller still sends is read for a moment, else it would never see the answer."""
@@ -185,6 +255,7 @@ async def _serve_connection(caller: _Caller, handler: Handler, admit: Admit | No
             return
         if request is None:
             return
+        caller.callers.asked(caller.task)
         try:
             response = await handler(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end without an answer
@@ -194,11 +265,13 @@ async def _serve_connection(caller: _Caller, handler: Handler, admit: Admit | No
             response = problem(500, f"a mistake in segue: {type(error).__name__}; its log says more")
         head_only = request.method == "HEAD"
         if response.stream is not None and not head_only:
+            caller.callers.answered(caller.task)  # there is no end of it to be waited for
             await _stream(caller.reader, writer, connection, response, response.stream, until)
             return
         await _write(writer, connection, response, close=time.monotonic() >= until, head_only=head_only)
         if connection.our_state is h11.MUST_CLOSE or connection.their_state is h11.MUST_CLOSE:
             return
+        caller.callers.answered(caller.task)
         connection.start_next_cycle()
         # requests that are here already wait for nothing: others have their turn between them
         await asyncio.sleep(0)

@@ -6,7 +6,6 @@ changed (`segue.supervisor.control_changes`), and who may (`segue.supervisor.adm
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -14,7 +13,7 @@ import socket
 import msgspec
 
 from segue.handoff.http import Request, Response, Router, json_response, problem
-from segue.handoff.http_server import serve
+from segue.handoff.http_server import Server
 from segue.handoff.messages import HOT
 from segue.supervisor import dashboard
 from segue.supervisor.admission import SESSION, Admission
@@ -29,7 +28,7 @@ class Control:
 
     def __init__(self, master: Master) -> None:
         self._instance = master.instance
-        self._servers: list[asyncio.Server] = []
+        self._servers = master.servers
         self._admission = Admission(master)
         routes = [
             *Reads(master).routes(),
@@ -47,7 +46,7 @@ class Control:
             }
         )
 
-    async def listen(self, inherited: int | None = None) -> int:
+    def listen(self, inherited: int | None = None) -> int:
         """Serve the control socket: mode 0600 (0660 with a group), and the peer is checked besides. Returns its descriptor.
 
         `inherited` is that descriptor, if this process has opened it before it began anew.
@@ -63,15 +62,13 @@ class Control:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.bind(path)
             self._instance.share(path, 0o600, 0o660)
-        sock.setblocking(False)
-        self._servers.append(await serve(sock, self._answer, self._admission.to_socket))
+        self._servers.append(Server(sock, self._answer, self._admission.to_socket))
         return sock.fileno()
 
-    async def listen_admin(self, sock: socket.socket, host: str) -> None:
+    def listen_admin(self, sock: socket.socket, host: str) -> None:
         """Serve ``--admin`` on a bound TCP socket; `host` is what its address was given as."""
         self._admission.admin_names = frozenset({host.lower()})
-        sock.setblocking(False)
-        self._servers.append(await serve(sock, self._answer_admin, self._admission.to_admin))
+        self._servers.append(Server(sock, self._answer_admin, self._admission.to_admin))
 
     def close(self) -> None:
         """Stop listening."""
@@ -83,9 +80,6 @@ class Control:
         return await self._answer(msgspec.structs.replace(request, trusted=trusted))
 
     async def _answer(self, request: Request) -> Response:
-        task = asyncio.current_task()
-        if task is not None:
-            task.set_name("control-answer")  # an exiting master waits for it
         try:
             return await self._router(request)
         except ValueError as error:

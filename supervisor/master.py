@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from segue.handoff.http_server import Server
 from segue.supervisor import (
     adoption,
     inherited,
@@ -57,9 +58,7 @@ LATE_S = 1.0
 EXECUTE = "execute"
 """The last phase of an upgrade: the old master ends in it, the new one begins."""
 FLUSH_S = 1.0
-"""How long an exiting master waits for its last answers to be sent."""
-_UPGRADE_FLUSH_S = 0.05
-"""So long an upgrade waits for them; whoever follows an operation comes back."""
+"""How long a master that ends, or begins anew, waits for its last answers to be sent."""
 _THREADS = 2
 """For reading files and looking up names: one may hang on a dead file system."""
 
@@ -85,6 +84,8 @@ class Master:
         log.tap = self.events.add
         self.sockets: dict[str, int] = {}
         """What others have opened for this master, and an upgrade passes on, by name."""
+        self.servers: list[Server] = []
+        """They answer requests on some of those."""
         self.admin: list[str] = []
         """Where ``--admin`` is served."""
         self._environ, self._base_dir = environ, base_dir
@@ -362,10 +363,7 @@ class Master:
 
     async def _flush(self, timeout_s: float) -> None:
         """Let the last answers out: whoever asked for the end is told of it."""
-        await asyncio.sleep(0)
-        answering = [task for task in asyncio.all_tasks() if task.get_name() == "control-answer"]
-        if answering:
-            await asyncio.wait(answering, timeout=timeout_s)
+        await asyncio.gather(*(server.hold(timeout_s) for server in self.servers))
 
     def _close(self) -> None:
         self._journal.close()
@@ -384,19 +382,19 @@ class Master:
             self._trying = True
             try:
                 reason = await upgrade.try_out(self._environ, self._base_dir)
+                reason = reason or upgrade.obstacle(self.state)  # by now
+                if not reason:
+                    operation.progress(EXECUTE)  # whoever follows it asks again, and the new master answers
+                    await self._flush(FLUSH_S)
+                    self._upgrading = operation
+                    self._changed.set()
             finally:
                 self._trying = False
-            reason = reason or upgrade.obstacle(self.state)  # by now
         if reason:
             self._settle(model.Settle(operation.number, ok=False, reason=reason))
-            return
-        operation.progress(EXECUTE)
-        self._upgrading = operation
-        self._changed.set()
 
     async def _upgrade(self, operation: Operation) -> None:
         """Become the new code, unless something has come between."""
-        await self._flush(_UPGRADE_FLUSH_S)
         if self._development is not None:
             await self._development.stop()
         await signals.hold()
@@ -411,6 +409,8 @@ class Master:
         signals.unblock()
         if reason:
             self._upgrading = None
+            for server in self.servers:
+                server.accept()
             self._settle(model.Settle(operation.number, ok=False, reason=reason))
             if self._development is not None:
                 self._development.start()

@@ -140,7 +140,7 @@ async def _run(
     try:
         master = Master(mastership, flags, environ, base_dir, effective, log)
         control = Control(master)
-        master.sockets[CONTROL] = await control.listen(inherited.take(CONTROL))
+        master.sockets[CONTROL] = control.listen(inherited.take(CONTROL))
         if refusal:
             master.codes.differs_on_disk.append(refusal)
     except OSError as error:
@@ -148,7 +148,7 @@ async def _run(
     if settings.admin is not None:
         try:
             for number, sock in enumerate(_admin_sockets(settings.admin, inherited)):
-                await control.listen_admin(sock, settings.admin.rpartition(":")[0].strip("[]"))
+                control.listen_admin(sock, settings.admin.rpartition(":")[0].strip("[]"))
                 master.sockets[admin_name(settings.admin, number)] = sock.fileno()
                 master.admin.append(address_of(sock))
                 log("info", "admin-listening", address=master.admin[-1])

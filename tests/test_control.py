@@ -377,7 +377,7 @@ def test_a_connection_that_is_open_when_a_process_ends_is_no_mistake(tmp_path: P
         loop.set_exception_handler(lambda _, context: mistakes.append(context))
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(tmp_path / "s"))
-        server = await http_server.serve(listener, Router({}))
+        server = http_server.Server(listener, Router({}))
         client.connect(str(tmp_path / "s"))
         await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await loop.sock_recv(client, 1000)).startswith(b"HTTP/1.1 404")

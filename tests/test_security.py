@@ -213,7 +213,7 @@ async def served(handler: Handler) -> AsyncIterator[str]:
     sock.bind(path)
     sock.listen()
     sock.setblocking(False)
-    server = await http_server.serve(sock, handler)
+    server = http_server.Server(sock, handler)
     try:
         yield path
     finally:

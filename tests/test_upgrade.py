@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -38,6 +40,29 @@ def test_twenty_upgrades_under_load_lose_nothing_and_leak_nothing(application) -
             load.nothing_lost()
         master.reload("--wait", "drained")
         assert not set(master.worker_pids()) & set(pids)
+        master.stop()
+
+
+def test_who_asks_the_master_meanwhile_is_answered(application) -> None:
+    """By the old one or by the new one, on a connection of its own each time."""
+    answers: list[set[int]] = [set(), set()]
+    over = threading.Event()
+
+    def ask(epochs: set[int]) -> None:
+        while not over.is_set():
+            epochs.add(master.status()["master"]["epoch"])
+
+    with supervised(*SERVE, cwd=application("1")) as master, ThreadPoolExecutor() as pool:
+        asking = [pool.submit(ask, epochs) for epochs in answers]
+        try:
+            for _ in range(5):
+                done = master.command("upgrade")
+                assert done.returncode == 0, done.stderr
+        finally:
+            over.set()
+        for each in asking:
+            each.result()
+        assert answers[0] | answers[1] == {1, 2, 3, 4, 5, 6}
         master.stop()
 
 

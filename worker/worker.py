@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import uvicorn
 
 from segue.handoff import descriptors
-from segue.handoff.http_server import serve
+from segue.handoff.http_server import Server
 from segue.handoff.messages import (
     BEFORE_STOP,
     FdName,
@@ -162,7 +162,7 @@ class Worker:
 
     async def run(self) -> int:
         """Start, serve until told to stop, and end; returns the exit status. Raises `lifespan.StartFailed`."""
-        control = await serve(self._control, handler(self))
+        control = Server(self._control, handler(self))
         self._loop.add_signal_handler(signal.SIGTERM, self.stop, None)
         self.adoption.serve(self)
         self._loop.add_reader(self._lifeline, self._on_lifeline)
