@@ -19,7 +19,8 @@ import msgspec
 from segue.handoff.messages import HOT, FdName, ListenerInfo, WorkerSpec, WorkerStatus
 from segue.handoff.notify import NotifySocket
 
-WAIT_S = 20.0
+WAIT_S = 60.0
+"""Only ends what hangs."""
 
 
 class Worker:
@@ -93,7 +94,7 @@ class Worker:
             self.wait_for("X_SEGUE_STATE", "drained")
         return self
 
-    def stop(self, timeout: float = 10) -> int:
+    def stop(self, timeout: float = 30) -> int:
         if self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.command(f"stop?timeout={timeout:g}")
@@ -303,7 +304,7 @@ class Client:
             body = self.file.read(int(headers.get("content-length", 0)))
         return Answer(int(status.split()[1]), headers, body)
 
-    def is_closed(self, within_s: float) -> bool:
+    def is_closed(self, within_s: float = WAIT_S) -> bool:
         """Whether the server closes it in that time; nothing else may come."""
         if not select.select([self.sock], [], [], within_s)[0]:
             return False
