@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Segue, free_port, supervised, tcp_call
+from scenario import DEADLINE_S, HOT, ROOT, TOKEN, Segue, supervised, tcp_call
 
 from segue.supervisor import room
 from segue.supervisor.client import follow
@@ -48,6 +48,11 @@ def connected(path: str, target: str, **headers: str) -> Iterator[http.client.HT
 
 def worker_socket(master: Segue) -> str:
     return str(master.current()["workers"][0]["control"])
+
+
+def admin_port(master: Segue) -> int:
+    """The one that the kernel has chosen: nobody else can have taken it meanwhile."""
+    return int(master.status()["admin"][0].rpartition(":")[2])
 
 
 def test_a_stop_ends_connections_without_a_word_about_them(application) -> None:
@@ -87,9 +92,9 @@ def test_callers_that_leave_at_any_moment_leave_no_trace(application, tmp_path: 
     token = tmp_path / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    port = free_port()
-    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token), "--probation", "1")
+    flags = ("--admin", "127.0.0.1:0", "--token-file", str(token), "--probation", "1")
     with supervised("shop:app", *flags, cwd=application("1")) as master:
+        port = admin_port(master)
         for method, target in LEAVING:
             head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
             head += f"Authorization: Bearer {TOKEN}\r\nContent-Length: 4\r\n"
@@ -123,11 +128,10 @@ def test_a_page_that_is_open_does_not_hold_a_stop_up(application) -> None:
 
 def test_the_admin_listener_refuses_nobody_while_the_master_renews_itself(application) -> None:
     """A scrape in that moment waits for the next master."""
-    port = free_port()
     refused: list[OSError] = []
     ended = threading.Event()
 
-    def keep_connecting() -> None:
+    def keep_connecting(port: int) -> None:
         while not ended.is_set():
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S).close()
@@ -135,8 +139,9 @@ def test_the_admin_listener_refuses_nobody_while_the_master_renews_itself(applic
                 refused.append(error)
             ended.wait(0.002)
 
-    with supervised("shop:app", "--admin", f"127.0.0.1:{port}", cwd=application("1")) as master:
-        thread = threading.Thread(target=keep_connecting)
+    with supervised("shop:app", "--admin", "127.0.0.1:0", cwd=application("1")) as master:
+        port = admin_port(master)
+        thread = threading.Thread(target=keep_connecting, args=(port,))
         thread.start()
         try:
             for epoch in (2, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -23,7 +24,6 @@ from scenario import (
     TOKEN,
     Client,
     environment,
-    free_port,
     made_directory,
     segue,
     supervised,
@@ -65,9 +65,9 @@ def test_readyz_follows_the_operators_drain(application) -> None:
         assert "drain" in document["detail"]
         assert master.status()["draining"] is True
         master.reload()  # it holds for workers to come, too
-        worker = master.current()["workers"][0]
-        assert worker["draining"] is True
-        assert unix_call(worker["control"], "GET", "/readyz")[0] == 503
+        worker = master.current()["workers"][0]["control"]
+        assert unix_call(worker, "GET", f"{HOT}/status")[1]["draining"] is True
+        assert unix_call(worker, "GET", "/readyz")[0] == 503
         assert master.call("GET", "/readyz")[0] == 503
         assert master.command("drain", "stop").returncode == 0
         assert master.call("GET", "/readyz")[0] == 200
@@ -165,9 +165,9 @@ def test_a_caller_that_leaves_cancels_nothing(application) -> None:
 
 
 def test_the_admin_listener_shows_to_all_and_changes_for_the_token(application, token_file) -> None:
-    port = free_port()
-    flags = ("--admin", f"127.0.0.1:{port}", "--token-file", str(token_file))
+    flags = ("--admin", "127.0.0.1:0", "--token-file", str(token_file))
     with supervised("shop:app", *flags, cwd=application("1")) as master:
+        port = int(master.status()["admin"][0].rpartition(":")[2])
         for target in ("/livez", "/readyz", f"{HOT}/status"):
             assert tcp_call(port, "GET", target)[0] == 200
         for token in (None, "wrong", TOKEN[:-1]):
@@ -189,7 +189,7 @@ def test_where_the_admin_listener_is_can_be_seen_also_of_a_port_that_was_left_to
     with supervised("shop:app", *flags, cwd=application("1")) as master:
         [address] = master.status()["admin"]
         assert f"admin    http://{address}/" in master.command("status").stdout.splitlines()
-        assert f"admin-listening address={address}" in master.output.text
+        master.output.wait_for(f"admin-listening address={re.escape(address)}")
         assert tcp_call(int(address.rpartition(":")[2]), "GET", "/livez")[0] == 200
         assert master.command("upgrade").returncode == 0
         assert master.status()["admin"] == [address]
