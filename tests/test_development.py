@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -203,9 +204,8 @@ def test_a_master_that_does_not_watch_has_not_imported_what_does() -> None:
 def test_what_to_watch_is_said_to_have_no_effect_without_development_mode(application) -> None:
     flags = ("--reload-include", "*.html", "--reload-delay", "1")
     with supervised("shop:app", *flags, cwd=application("1")) as master:
-        assert (
+        master.output.wait_for(
             'not-watching reason="reload-include, reload-delay: no effect without --reload"'
-            in master.output.text
         )
         master.stop()
 
@@ -233,10 +233,14 @@ def test_a_save_that_breaks_leaves_the_last_good_code_serving_and_shows_the_trac
         master.output.wait_for(r"reload outcome=refused")
         master.output.wait_for(r"    \| ModuleNotFoundError: No module named 'nosuchmodule'")
         assert client.get("/")[2] == b"1"
-        refused = next(r for r in master.status()["reloads"] if r["outcome"] == "refused")
+        status = master.status()
+        # what is written in two steps may be found half written first
+        refused = next(r for r in status["reloads"] if "nosuchmodule" in r["output"])
+        assert refused["outcome"] == "refused"
         assert 'shop.py", line 1' in refused["output"]
-        admin = int(master.status()["admin"][0].rpartition(":")[2])
-        assert refused in tcp_call(admin, "GET", f"{HOT}/status")[2]["reloads"], (
+        admin = int(status["admin"][0].rpartition(":")[2])
+        shown = tcp_call(admin, "GET", f"{HOT}/status")[2]["reloads"]
+        assert (refused["number"], refused["output"]) in [(r["number"], r["output"]) for r in shown], (
             "the dashboard needs no token"
         )
         save(application, "3")
@@ -250,11 +254,11 @@ def test_a_save_overtakes_a_start_that_hangs(application) -> None:
     with supervised("shop:app", *DEVELOP, cwd=application("1")) as master:
         watched(master)
         save(application, "2", prelude=HANGS)
-        master.output.wait_for(r"worker-spawned generation=2")
+        master.output.wait_for(r"worker-spawned generation=[2-9]")
         save(application, "3")
-        master.output.wait_for(r"overtaken generation=2")
+        master.output.wait_for(r"overtaken generation=[2-9]")
         until_served(master, "3")
-        reloads = master.status()["reloads"]
+        reloads = master.wait_status(lambda s: all(r["outcome"] for r in s["reloads"]))["reloads"]
         assert {r["outcome"] for r in reloads} == {"ok"}  # whoever asked for the older has the newer
         assert reloads[1]["generation"] > 2
         master.stop()
@@ -299,9 +303,13 @@ def test_saves_that_follow_quickly_on_one_another_are_one_reload(application) ->
         watched(master)
         save(application, "2")
         master.output.wait_for(r"segue: saved ")
-        for number in range(30):  # within the delay after the first report
+        (watcher,) = watchers(master)
+        os.kill(watcher, signal.SIGSTOP)
+        for number in range(30):  # however long it takes, within the delay after the first report
             (directory / f"part{number}.py").write_text("x = 1\n")
-        master.wait_status(lambda s: any("and 27 more" in r["asked_by"] for r in s["reloads"]))
+        os.kill(watcher, signal.SIGCONT)
+        # of which the first save's second part may be one, if the kernel has told of it so
+        master.wait_status(lambda s: any(re.search("and 2[78] more", r["asked_by"]) for r in s["reloads"]))
         master.stop()
 
 
@@ -356,7 +364,8 @@ def test_an_upgrade_of_the_master_goes_on_watching(application) -> None:
         save(application, "2")
         until_served(master, "2")
         assert len(watchers(master)) == 1
-        assert not zombies(master.process.pid)
+        # that of the old generation's worker is one for a moment, too
+        master.wait_status(lambda _: not zombies(master.process.pid))
         master.stop()
 
 
