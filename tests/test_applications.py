@@ -226,6 +226,8 @@ def test_tls_connections_are_told_to_close_and_the_certificate_is_read_again(app
         second = issue()
         application("2")
         master.reload()
+        # the old generation hears of it after whoever asked; by then it has told its connections
+        master.wait_status(lambda s: s["generations"][0]["workers"][0].get("sending_s") is not None)
         connection.request("GET", "/")
         response = connection.getresponse()
         assert response.getheader("connection") == "close"
