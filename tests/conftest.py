@@ -12,8 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from scenario import MADE, MARK, TOKEN
+
+# however slow the machine is: what hangs is ended by pytest's timeout
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 APP = """
 import asyncio, hashlib, itertools, os
