@@ -14,7 +14,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from scenario import MADE, MARK, TOKEN
+from scenario import MADE, MARK, RESERVED, TOKEN
 
 # however slow the machine is: what hangs is ended by pytest's timeout
 hypothesis.settings.register_profile(
@@ -61,6 +61,7 @@ async def app(scope, receive, send):
         os._exit(7)
     elif scope["path"] == "/block":
         import time
+        open(query["begun"], "w").close() if "begun" in query else None
         time.sleep(float(query["s"]))
     headers.append((b"content-length", str(len(body)).encode()))
     await send({{"type": "http.response.start", "status": 200, "headers": headers}})
@@ -74,6 +75,14 @@ def no_left_directories() -> Iterator[None]:
     yield
     for directory in MADE:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_reserved_ports() -> Iterator[None]:
+    """Give back the ports that the test had for itself."""
+    yield
+    while RESERVED:
+        RESERVED.pop().close()
 
 
 @pytest.fixture(autouse=True)

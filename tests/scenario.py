@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import http.client
 import json
@@ -29,10 +30,21 @@ TOKEN = "a-token-of-many-letters-0123456789"
 """What is in the `token_file` of a test."""
 
 
+RESERVED: list[socket.socket] = []
+"""What holds the ports of this test; they are given back at its end."""
+
+
 def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    """One that nobody listens on, and that nobody else is given during this test.
+
+    It is bound, and not listened on: who asks the kernel for any port gets another one, and who asks for this one, with
+    SO_REUSEADDR as every server does, gets it.
+    """
+    sock = socket.socket()
+    RESERVED.append(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return int(sock.getsockname()[1])
 
 
 class Output:
@@ -47,9 +59,10 @@ class Output:
         self._thread.start()
 
     def _read(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
         while data := os.read(self._pipe, 65536):
             with self._condition:
-                self._text += data.decode(errors="replace")
+                self._text += decoder.decode(data)
                 self._condition.notify_all()
         with self._condition:
             self._closed = True
@@ -253,6 +266,15 @@ class Segue:
         assert code == 200, document
         return document
 
+    def told(self, condition: Any = lambda _: True) -> dict[str, Any]:
+        """The status with what every worker says: one that takes more than a second for it is left out of it else."""
+
+        def all_told(status: dict[str, Any]) -> bool:
+            workers = [worker for generation in status["generations"] for worker in generation["workers"]]
+            return not any("unknown_because" in worker for worker in workers) and condition(status)
+
+        return self.wait_status(all_told)
+
     def current(self) -> dict[str, Any]:
         """The status of the current generation."""
         document = self.status()
@@ -303,7 +325,7 @@ class Segue:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(signal.SIGQUIT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+                self.process.wait(DEADLINE_S)
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -316,8 +338,8 @@ def unix_call(
     connection = http.client.HTTPConnection("localhost", timeout=timeout)
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.sock.settimeout(timeout)
-    connection.sock.connect(path)
     try:
+        connection.sock.connect(path)
         connection.request(method, target, headers=headers or {})
         response = connection.getresponse()
         body = response.read()
@@ -366,6 +388,15 @@ class Client:
 
     def json(self, path: str) -> Any:
         return json.loads(self.get(path)[2])
+
+    def come_to(self, version: str) -> None:
+        """Ask until this connection has come to where `version` is served; what served it before accepts no other by then.
+
+        A promote is done as soon as its generation serves. Only then the one before is told to stop, and hands over.
+        """
+        deadline = time.monotonic() + DEADLINE_S
+        while (served := self.get("/")[2]) != version.encode():
+            assert time.monotonic() < deadline, f"{served!r} is served still, not {version}"
 
     def close(self) -> None:
         self.connection.close()

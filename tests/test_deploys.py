@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def states(document: dict[str, Any]) -> dict[int, str]:
     return {generation["id"]: generation["state"] for generation in document["generations"]}
 
 
+def are_parked(generation: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether its workers have taken it that they are to stay: a generation counts as parked once they are told."""
+
+    def are(document: dict[str, Any]) -> bool:
+        workers = next(each["workers"] for each in document["generations"] if each["id"] == generation)
+        return all(worker["mode"] == "parked" for worker in workers)
+
+    return are
+
+
 def test_a_staged_generation_can_be_asked_in_private_and_promoted(application) -> None:
     with (
         supervised("shop:app", "--workers", "2", cwd=application("1")) as master,
@@ -55,7 +66,7 @@ def test_a_staged_generation_can_be_asked_in_private_and_promoted(application) -
                 check=True,
             )
             assert asked.stdout == "2"
-        document = master.status()
+        document = master.told()
         assert states(document) == {1: "active", 2: "staged"}
         assert [w["connections"] + w["requests_total"] for w in document["generations"][1]["workers"]] == [
             0,
@@ -66,7 +77,7 @@ def test_a_staged_generation_can_be_asked_in_private_and_promoted(application) -
         done = master.command("promote")
         assert done.returncode == 0, done.stderr
         assert "generation 2 serves" in done.stdout
-        assert client.get("/")[2] == b"2"
+        client.come_to("2")
         assert set(master.worker_pids()) == staged
         history = [(each["kind"], each["outcome"]) for each in master.status()["reloads"]]
         assert history == [("reload", "ok"), ("stage", "ok"), ("promote", "ok")]
@@ -162,16 +173,17 @@ def test_a_rollback_takes_the_parked_generation_back_with_its_processes(applicat
         old = set(master.worker_pids())
         application("2")
         master.reload("--wait", "drained")
-        document = master.wait_status(lambda s: states(s) == {1: "parked", 2: "active"})
+        document = master.told(are_parked(1))
+        assert states(document) == {1: "parked", 2: "active"}
         parked = document["generations"][0]["workers"]
         assert {worker["pid"] for worker in parked} == old
-        assert all(worker["rss_bytes"] > 0 and worker["mode"] == "parked" for worker in parked)
+        assert all(worker["rss_bytes"] > 0 for worker in parked)
         assert "parked" in master.command("status").stdout
         assert client.get("/")[2] == b"2"
         done = master.command("rollback")
         assert done.returncode == 0, done.stderr
         assert "generation 1 serves again" in done.stdout
-        assert client.get("/")[2] == b"1"
+        client.come_to("1")
         assert set(master.worker_pids()) == old
         history = master.status()["reloads"]
         assert [(each["kind"], each["outcome"]) for each in history[1:]] == [
@@ -182,7 +194,7 @@ def test_a_rollback_takes_the_parked_generation_back_with_its_processes(applicat
         # and forward again, to what is parked now
         master.wait_status(lambda s: states(s) == {1: "active", 2: "parked"})
         assert master.command("rollback", "2").returncode == 0
-        assert client.get("/")[2] == b"2"
+        client.come_to("2")
         master.stop()
 
 
@@ -191,6 +203,7 @@ def test_rollbacks_under_load_lose_nothing(application) -> None:
         with Load(master.port, *LOAD) as load:
             application("2")
             master.reload()
+            master.wait_answered()
             for _ in range(3):  # draining: the streams see to that
                 for version in ("1", "2"):
                     done = master.command("rollback", version)
@@ -214,7 +227,7 @@ def test_a_rollback_does_not_wait_for_what_is_being_staged(application, tmp_path
             back = master.command("rollback")
             assert (back.returncode, back.stderr) == (0, "")
             with Client(master.port) as client:
-                assert client.get("/")[2] == b"1"
+                client.come_to("1")
             other = master.command("promote", "2")
             assert other.returncode == 1
             assert "give it up: segue discard 3" in other.stderr
@@ -236,7 +249,7 @@ def test_a_generation_that_still_drains_can_be_taken_back(application, tmp_path)
         assert done.returncode == 0, done.stderr
         assert master.worker_pids() == pids
         with Client(master.port) as other:
-            assert other.get("/")[2] == b"1"
+            other.come_to("1")
         assert stream.read(9).startswith(b"data:")
         master.stop(expected=None)
 
@@ -266,7 +279,7 @@ def test_only_the_generation_that_served_last_is_kept(application) -> None:
         assert refused.returncode == 1
         assert "there is no generation 1; known: 3" in refused.stderr
         assert master.command("rollback").returncode == 0
-        assert client.get("/")[2] == b"3"
+        client.come_to("3")
         master.stop()
 
 
@@ -313,21 +326,26 @@ def test_what_hangs_in_a_parked_generation_does_not_prevent_the_way_back(
         old = master.worker_pids()
         application("2")
         master.reload("--wait", "drained")
-        os.kill(old[0], signal.SIGSTOP)
         with Load(master.port, *LOAD) as load:
+            os.kill(old[0], signal.SIGSTOP)
             rollback = master.popen("rollback")
-            status = master.wait_status(lambda s: s["reloads"][-1]["kind"] == "rollback")
-            assert (status["reloads"][-1]["outcome"], status["reloads"][-1]["generation"]) == (None, 1)
+
+            def begun(status: dict[str, Any]) -> bool:
+                last = status["reloads"][-1]
+                return (last["kind"], last["generation"]) == ("rollback", 1)
+
+            assert master.wait_status(begun)["reloads"][-1]["outcome"] is None
             output, notes = rollback.communicate(timeout=60)
             assert rollback.returncode == 0, notes
             assert "generation 1 serves again" in output
             assert "note: 1 of its 2 workers serve, since worker 1 could not be activated" in notes
             load.nothing_lost()
         master.output.wait_for("generation-short .*run a reload to move to the new code")
+        master.output.wait_for("worker-ended generation=1 worker=1 ")
         assert master.worker_pids() == [old[1]]
         assert master.current()["workers_missing"] == 1
         with Client(master.port) as client:
-            assert client.get("/")[2] == b"1"
+            client.come_to("1")
         master.stop()
 
 
@@ -370,14 +388,14 @@ def test_what_is_parked_and_what_was_rolled_back_is_known_after_an_upgrade_of_th
         application("2")
         master.reload("--wait", "drained")
         master.command("rollback")
-        master.wait_status(lambda s: states(s) == {1: "active", 2: "parked"})
+        master.told(are_parked(2))
         assert master.command("upgrade").returncode == 0
         document = master.status()
         assert states(document) == {1: "active", 2: "parked"}
         assert [each["outcome"] for each in document["reloads"]] == ["ok", "rolled back", "ok"]
         assert master.worker_pids() == old
         assert master.command("rollback", "2").returncode == 0
-        assert client.get("/")[2] == b"2"
+        client.come_to("2")
         master.stop()
 
 
@@ -389,7 +407,7 @@ def test_a_staged_generation_outlives_an_upgrade_of_the_master(application) -> N
         assert states(master.status()) == {1: "active", number: "staged"}
         assert Path(sockets[0]).exists()
         assert master.command("promote").returncode == 0
-        assert client.get("/")[2] == b"2"
+        client.come_to("2")
         master.stop()
 
 

@@ -75,12 +75,6 @@ def reloading(master: Segue, *arguments: str) -> Iterator[subprocess.Popen[str]]
         process.communicate()
 
 
-def come_to(client: Client, version: str) -> None:
-    """Ask on this connection until it has come to the generation of that version."""
-    while client.get("/")[2] != version.encode():
-        pass
-
-
 def ask(port: int, path: str = "/") -> int:
     """One request on a connection of its own; its status, 0 if there was no answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -102,7 +96,7 @@ def test_a_crash_on_probation_takes_the_previous_generation_back(shop) -> None:
         shop("2")
         with reloading(master) as reload:
             master.output.wait_for("promoted generation=2")
-            come_to(client, "2")
+            client.come_to("2")
             ask(port, "/exit")
             said = reload.communicate(timeout=60)
         assert reload.returncode == 4, said
@@ -147,7 +141,7 @@ def test_a_good_generation_passes(shop) -> None:
         shop("2")
         done = master.reload("--wait", "probation")
         assert "has passed its probation" in done.stdout
-        come_to(client, "2")
+        client.come_to("2")
         reload = master.status()["reloads"][-1]
         assert (reload["outcome"], reload["probation"]) == ("ok", "passed")
         master.stop()
@@ -171,17 +165,16 @@ def test_without_probation_nothing_is_watched(shop) -> None:
         shop("2")
         done = master.reload("--wait", "probation")
         assert "generation 2 serves, and is on no probation" in done.stdout
-        port = master.port
-        ask(port, "/exit")
+        with Client(master.port) as client:
+            client.come_to("2")
+        ask(master.port, "/exit")
         master.output.wait_for("worker-active generation=2 worker=2")
         assert master.status()["current"] == 2
         master.stop()
 
 
 def test_a_generation_that_is_no_worse_than_the_one_before_passes(shop) -> None:
-    with supervised(
-        "shop:app", "--probation", "3", "--heartbeat-timeout", "3", cwd=shop("1", bad=2)
-    ) as master:
+    with supervised("shop:app", "--probation", "3", cwd=shop("1", bad=2)) as master:
         with Client(master.port) as client:
             for _ in range(60):
                 client.get("/")
@@ -200,7 +193,7 @@ def test_a_few_answers_say_nothing(shop) -> None:
         shop("2", bad=1)
         with Client(master.port) as client, reloading(master) as reload:
             master.output.wait_for("promoted generation=2")
-            come_to(client, "2")
+            client.come_to("2")
             for _ in range(18):
                 assert client.get("/")[0] == 500
             said = reload.communicate(timeout=60)
@@ -213,7 +206,7 @@ def test_what_segue_itself_refuses_does_not_count(shop) -> None:
         shop("2")
         with Client(master.port) as client, reloading(master) as reload:
             master.output.wait_for("promoted generation=2")
-            come_to(client, "2")
+            client.come_to("2")
             told = master.command("drain", "start", "--mode", "reject")
             assert told.returncode == 0, told.stderr
             for _ in range(40):
@@ -225,10 +218,11 @@ def test_what_segue_itself_refuses_does_not_count(shop) -> None:
 
 
 def test_the_watch_is_shown_while_it_lasts(shop) -> None:
-    with supervised("shop:app", "--probation", "60", cwd=shop("1")) as master:
+    with supervised("shop:app", "--probation", "600", cwd=shop("1")) as master:
         shop("2")
         master.reload()
         with Client(master.port) as client:
+            client.come_to("2")
             for _ in range(30):
                 client.get("/")
         document = master.wait_status(lambda s: s["probation"]["responses"] >= 30)
@@ -254,6 +248,7 @@ def test_the_endpoint_answers_with_the_outcome_of_the_probation(shop) -> None:
         code, document = master.call("POST", f"{HOT}/reload?wait=0")
         master.output.wait_for("promoted generation=3")
         with Client(master.port) as client:
+            client.come_to("3")
             for _ in range(40):
                 client.get("/")
         target = f"{HOT}/operations/{document['id']}?until=probation&wait=60"
@@ -268,6 +263,8 @@ def test_a_generation_that_is_staged_is_on_probation_once_it_is_promoted(shop) -
         assert master.command("stage").returncode == 0
         assert master.status()["probation"] is None
         assert master.command("promote").returncode == 0
+        with Client(master.port) as client:
+            client.come_to("2")
         ask(master.port, "/exit")
         master.output.wait_for("promoted generation=1 previous=2")
         assert master.status()["current"] == 1
@@ -310,8 +307,9 @@ def test_the_path_of_the_code_does_not_matter(shop, tmp_path: Path) -> None:
         shop("2", bad=1)
         with Client(master.port) as client:
             master.reload()
+            client.come_to("2")
             for _ in range(60):
                 client.get("/")
             master.output.wait_for("promoted generation=1 previous=2")
-            come_to(client, "1")
+            client.come_to("1")
         master.stop()
