@@ -168,12 +168,13 @@ def _offer(sock: socket.socket, offer: Offer, lifeline: Lifeline) -> bool:
 
 
 def _collect(found: Found, links: dict[int, _Link], timeout_s: float, log: Log) -> None:
-    """Take the answers until all have come, or the time is up."""
+    """Take the answers until all have come, or the time is up; what is there by then counts, however late it is looked at."""
     poll = select.poll()
     for fd in links:
         poll.register(fd, select.POLLIN)
     deadline = time.monotonic() + timeout_s
-    while links and (left := deadline - time.monotonic()) > 0:
+    while links:
+        left = max(0.0, deadline - time.monotonic())
         # only for those at their import is not worth waiting: they can't answer
         if all(link.worker.booting for link in links.values()):
             left = min(left, 0.05)
