@@ -66,18 +66,20 @@ def test_a_full_relay_refuses_and_takes_again_once_somebody_reads(pair: Pair, pi
 
 
 def test_what_is_no_message_of_ours_is_refused_and_its_descriptors_are_closed(
-    pair: Pair, pipe: tuple[int, int]
+    pair: Pair,
 ) -> None:
     write, read = pair
-    before = len(os.listdir("/proc/self/fd"))
+    end, sent = os.pipe2(os.O_NONBLOCK)
     for data in (b"nonsense", b'{"version":2,"listener":"web","keep_alive_ms":[1]}', b'{"version":1}'):
-        socket.send_fds(write, [data], [pipe[0]])
+        socket.send_fds(write, [data], [sent])
         with pytest.raises(relay.MalformedParcelError):
             relay.receive(read)
-    socket.send_fds(write, [b'{"version":1,"listener":"web","keep_alive_ms":[1,1]}'], [pipe[0]])
+    socket.send_fds(write, [b'{"version":1,"listener":"web","keep_alive_ms":[1,1]}'], [sent])
     with pytest.raises(relay.MalformedParcelError):
         relay.receive(read)
-    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(sent)
+    assert os.read(end, 1) == b""  # nobody has it any more
+    os.close(end)
 
 
 def test_a_relay_without_another_end_says_so(pipe: tuple[int, int]) -> None:
