@@ -27,11 +27,6 @@ from segue.worker.uvicorn_internals import is_multiplexed
 PATIENT = ("--http", "zttp", "--http2")
 
 
-def served(master: Segue, client: Client, version: str) -> None:
-    """Wait until this connection has moved to where `version` is served."""
-    master.wait_status(lambda _: client.get("/")[2] == version.encode())
-
-
 def alone(master: Segue) -> None:
     """Wait until the old generations have ended."""
     master.wait_status(lambda s: len(s["generations"]) == 1)
@@ -151,10 +146,10 @@ def test_worker_count_timeouts_and_warm_up_apply_with_a_reload(application) -> N
         running = master.call("GET", f"{HOT}/config")[1]
         assert "drain-timeout" in json.dumps(running) or "drain_timeout" in json.dumps(running)
         # the new warm-up takes longer than the new ready-timeout
-        settings.write_text('workers = 2\nready-timeout = 8\nwarm-up = ["/work?ms=3600000"]\n')
+        settings.write_text('workers = 2\nready-timeout = 15\nwarm-up = ["/work?ms=3600000"]\n')
         refused = master.command("reload")
         assert refused.returncode == 1
-        assert "not ready within 8 s (ready-timeout)" in refused.stderr
+        assert "not ready within 15 s (ready-timeout)" in refused.stderr
         assert "warm-up" in refused.stderr
         # generation 2 drains by the deadline that it was started with
         settings.write_text("workers = 1\n")
@@ -188,18 +183,18 @@ def test_a_request_that_is_stuck_is_cut_at_the_drain_deadline(application, parse
             master.reload("--wait", "drained")
             assert stuck.connection.getresponse().status == 500
             assert idle.get("/")[2] == b"2"
-        assert "drain-deadline" in master.output.text
+        master.output.wait_for("drain-deadline")
         assert [g["id"] for g in master.status()["generations"]] == [2]
         master.stop()
 
 
-def test_a_request_that_can_not_be_cancelled_is_cut_with_its_process(application) -> None:
+def test_a_request_that_can_not_be_cancelled_is_cut_with_its_process(application, tmp_path) -> None:
     with supervised(
         "shop:app", "--drain-timeout", "1", "--timeout-graceful-shutdown", "1", cwd=application("1")
     ) as master:
         with Client(master.port) as stuck:
-            stuck.connection.request("GET", "/block?s=3600")
-            master.wait_status(lambda s: s["generations"][0]["workers"][0]["in_flight"] != 0)
+            stuck.connection.request("GET", f"/block?s=3600&begun={tmp_path}/begun")
+            master.wait_status(lambda _: (tmp_path / "begun").exists())
             application("2")
             master.reload()
             alone(master)
@@ -263,7 +258,9 @@ def test_sigterm_during_start_up_ends_it(application, tmp_path, wait, who) -> No
     """Of the master: a stop before anything served. Of a worker alone: a failed start."""
     mark = tmp_path / "mark"
     code = STARTING.format(mark=str(mark), wait=wait)
-    flags = ("--timeout-graceful-shutdown", "1", "--ready-timeout", "15")
+    flags = ["--timeout-graceful-shutdown", "1"]
+    if who == "worker" and "time" in wait:  # it hears nothing: that ends it
+        flags += ["--ready-timeout", "15"]
     master = Segue("shop:app", *flags, cwd=application(code=code))
     try:
         found = master.output.wait_for(r"worker-spawned generation=1 worker=1 pid=(\d+)")[0]
@@ -388,7 +385,9 @@ def http2(request, certificate) -> Iterator[tuple[Callable[[int], H2], tuple[str
 def test_http2_is_told_goaway_on_a_reload_and_open_streams_end_whole(application, http2) -> None:
     """GOAWAY waits for a moment without an open stream: some clients, `h2` among them, drop what is open then."""
     connect, flags = http2
-    with supervised("shop:app", *flags, cwd=application("1")) as master:
+    # what is on its way has a second, which this test may miss
+    late = "from segue.worker import drain\ndrain._NOTICE_S = 10.0\n"
+    with supervised("shop:app", *flags, cwd=application("1", prelude=late)) as master:
         busy, idle = connect(master.port), connect(master.port)
         first = idle.get("/")
         idle.until(lambda: first in idle.ended)
@@ -477,7 +476,7 @@ def test_a_protocol_without_a_proof_is_told_to_close_and_never_moved(application
     (directory / "mine.py").write_text(textwrap.dedent(CUSTOM))
     flags = {"zttp": PATIENT[:2], "zttp-with-http2": PATIENT, "custom": ("--http", "mine:Mine")}[kind]
     env = {"PYTHONPATH": f"{directory}:{Path(__file__).parent.parent}"}
-    with supervised("shop:app", *flags, "--idle-grace", "5", cwd=directory, env=env) as master:
+    with supervised("shop:app", *flags, "--idle-grace", "15", cwd=directory, env=env) as master:
         asking, silent, busy = (
             http.client.HTTPConnection("127.0.0.1", master.port, timeout=DEADLINE_S) for _ in range(3)
         )

@@ -120,17 +120,19 @@ def test_how_a_worker_ended_is_known_whoever_else_ends(directory) -> None:
         assert len(re.findall("exited with 0", master.output.text)) >= 2
 
 
+def watches(child: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # of a worker that was leaving
+        return "segue.supervisor.watcher" in child.cmdline()
+    return False
+
+
 def test_what_the_master_starts_beside_workers_is_left_to_those_who_ask_how_it_ended(directory) -> None:
     """What tries new code out, and what watches in development mode."""
     with contained("shop:app", "--reload", "--strategy", "replace", cwd=directory) as (master, pid):
         master.wait_ready()
         for number in range(1, 4):
             master.output.wait_for(r" watching directories=", count=number)
-            [watcher] = [
-                child
-                for child in psutil.Process(pid).children()
-                if "segue.supervisor.watcher" in child.cmdline()
-            ]
+            [watcher] = [child for child in psutil.Process(pid).children() if watches(child)]
             watcher.kill()
             master.output.wait_for(r"not-watching .*\(-9\)", count=number)
             os.kill(pid, signal.SIGHUP)

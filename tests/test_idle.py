@@ -72,6 +72,7 @@ def run(http: str, app: Any, feed: Callable[[Any, Any, Callable[[], Any]], Any],
     """Make a connection and let `feed(protocol, transport, verdict)` play with it."""
 
     async def play() -> None:
+        options["timeout_keep_alive"] = 3600  # however long the machine stands still
         config = uvicorn.Config(app, http=http, ws="none", lifespan="off", log_config=None, **options)
         config.load()
         made = Http(config, {}, asyncio.get_running_loop())

@@ -121,7 +121,7 @@ def one_active(master: Segue, directory: Path) -> str:
 def test_one_worker_has_it_and_the_status_asks_only_that_one(tmp_path: Path) -> None:
     with running(tmp_path, workers=3) as master:
         lead = one_active(master, tmp_path)
-        document = master.wait_status(lambda d: d["services"]["scheduler"]["active"])
+        document = master.told(lambda d: d["services"]["scheduler"]["active"])
         assert document["metrics"]["scheduler"] == {"is_connected": True}
         workers = document["generations"][0]["workers"]
         expected = [w for w in workers if w["services"]["scheduler"]["expected_active"]]
@@ -132,6 +132,7 @@ def test_it_moves_when_its_worker_dies_or_leaves(tmp_path: Path) -> None:
     with running(tmp_path) as master:
         first = one_active(master, tmp_path)
         os.kill(int(first), signal.SIGKILL)
+        master.output.wait_for("worker-died generation=1 .*SIGKILL")
         second = one_active(master, tmp_path)
         assert second != first
         for count in (4, 1, 2):
@@ -155,14 +156,19 @@ def test_it_follows_the_generation_and_is_never_active_twice(tmp_path: Path) -> 
 
 
 def test_a_swap_of_it_deactivates_the_old_instance_before_the_new_one_is_active(tmp_path: Path) -> None:
-    with running(tmp_path) as master:
+    with running(tmp_path, LET_GO_S="60") as master:
         lead = one_active(master, tmp_path)
-        for _ in range(3):
+
+        def states() -> list[str]:
+            return [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
+
+        for number in range(3):
             code, answer = master.call("POST", f"{HOT}/reload/scheduler")
             assert code == 200, answer
+            # the answer waits a second for this, and no longer
+            master.wait_status(lambda _, number=number: len(states()) == 1 + 2 * (number + 1))
         assert one_active(master, tmp_path) == lead
-        states = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
-        assert states == ["active", *["idle", "active"] * 3]
+        assert states() == ["active", *["idle", "active"] * 3]
 
 
 def test_a_promote_stands_when_it_can_not_be_activated_and_it_comes_up_later(tmp_path: Path) -> None:
@@ -170,7 +176,7 @@ def test_a_promote_stands_when_it_can_not_be_activated_and_it_comes_up_later(tmp
         one_active(master, tmp_path)
         (tmp_path / "broker-down").touch()
         master.reload()
-        document = master.wait_status(lambda d: d["services"]["scheduler"]["degraded"] is not None)
+        document = master.told(lambda d: d["services"]["scheduler"]["degraded"] is not None)
         assert "the broker is down" in document["services"]["scheduler"]["degraded"]
         assert document["metrics"]["scheduler"] == {"is_connected": False}
         assert document["ready"]
@@ -183,7 +189,8 @@ def test_a_promote_stands_when_it_can_not_be_activated_and_it_comes_up_later(tmp
 
 
 def test_in_a_promote_connections_move_first_and_services_hand_over_after(tmp_path: Path) -> None:
-    with running(tmp_path, LET_GO_S="60") as master, Client(master.port) as client:
+    # who is old stays for as long as the test takes
+    with running(tmp_path, LET_GO_S="60", SEGUE_PARK_FOR="600") as master, Client(master.port) as client:
         old = one_active(master, tmp_path)
         generation = set(master.worker_pids())
         (tmp_path / "deactivate-waits").touch()
@@ -196,13 +203,14 @@ def test_in_a_promote_connections_move_first_and_services_hand_over_after(tmp_pa
 
 
 def test_while_the_old_one_does_not_let_go_the_new_one_is_not_active(tmp_path: Path) -> None:
-    with running(tmp_path) as master, Client(master.port) as client:
+    with running(tmp_path, SEGUE_PARK_FOR="600") as master, Client(master.port) as client:
         old = one_active(master, tmp_path)
         (tmp_path / "deactivate-hangs").touch()
         # keep the workers of the old generation, for as long as their streams last
         streams = [Client(master.port) for _ in range(8)]
         for stream in streams:
             stream.connection.request("GET", "/stream")
+        answers = [stream.connection.getresponse() for stream in streams]
         master.reload()
         master.output.wait_for(r"services-not-told .*did not let go")
         assert active(tmp_path) == [old]
@@ -210,8 +218,8 @@ def test_while_the_old_one_does_not_let_go_the_new_one_is_not_active(tmp_path: P
         (tmp_path / "deactivate-hangs").unlink()
         assert one_active(master, tmp_path) != old
         (tmp_path / "end-streams").touch()
-        for stream in streams:
-            stream.connection.getresponse().read()
+        for stream, answer in zip(streams, answers, strict=True):
+            answer.read()
             stream.close()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenario import HOT, Client, Segue, supervised
+from scenario import DEADLINE_S, HOT, Client, Segue, supervised
 
 APP = """
 import json, os
@@ -40,7 +40,8 @@ async def order(number: int, request: Request):
 @contextlib.contextmanager
 def running(directory: Path, *flags: str, workers: int = 2) -> Iterator[Segue]:
     (directory / "orders.py").write_text(APP)
-    with supervised("orders:app", "--workers", str(workers), *flags, cwd=directory) as master:
+    held = ("--queue-timeout", "600")  # for as long as a test takes
+    with supervised("orders:app", "--workers", str(workers), *held, *flags, cwd=directory) as master:
         yield master
         master.stop()
 
@@ -54,20 +55,21 @@ class Orders:
         self._threads: list[threading.Thread] = []
 
     def place(self, number: int, size: int = 100_000) -> None:
-        thread = threading.Thread(target=self._order, args=(number, size))
+        """Send it whole: a stop may close the connection on what is sent later."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=2 * DEADLINE_S)
+        connection.request("POST", f"/orders/{number}", body=b"x" * size)
+        thread = threading.Thread(target=self._wait_for, args=(number, connection))
         thread.start()
         self._threads.append(thread)
 
-    def _order(self, number: int, size: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        connection.request("POST", f"/orders/{number}", body=b"x" * size)
+    def _wait_for(self, number: int, connection: http.client.HTTPConnection) -> None:
         response = connection.getresponse()  # a stop closes the connection after it
         self.answers[number] = response.status, dict(response.getheaders()), json.loads(response.read())
         connection.close()
 
     def wait(self) -> dict[int, tuple[int, dict[str, str], Any]]:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(2 * DEADLINE_S)
         assert len(self.answers) == len(self._threads)
         return self.answers
 
@@ -92,7 +94,8 @@ def test_held_requests_are_served_in_order_after_the_drain_also_by_a_generation_
             orders.place(number)
             master.wait_status(lambda document, number=number: waiting(document) == number + 1)
         master.reload()
-        document = master.status()
+        # from now on whoever connects comes to the new generation
+        document = master.told(lambda s: s["generations"][0]["workers"][0]["mode"] == "draining")
         assert document["draining"] is True
         assert waiting(document) == 10
         for number in range(10, 20):
@@ -130,8 +133,8 @@ def test_a_drain_survives_respawn_and_reload_and_rejects_what_is_marked(tmp_path
             assert client.get("/orders/1", method="POST")[0] == 200
 
 
-def test_limit_and_timeout_of_the_queue_are_settings(tmp_path: Path) -> None:
-    with running(tmp_path, "--queue-limit", "2", "--queue-timeout", "1.5", workers=1) as master:
+def test_the_limit_of_the_queue_is_a_setting(tmp_path: Path) -> None:
+    with running(tmp_path, "--queue-limit", "2", workers=1) as master:
         assert master.command("drain", "start", "--mode", "queue").returncode == 0
         orders = Orders(master.port)
         for number in range(2):
@@ -140,10 +143,21 @@ def test_limit_and_timeout_of_the_queue_are_settings(tmp_path: Path) -> None:
         with Client(master.port) as client:
             code, _, body = client.get("/orders/3", method="POST")
         assert code == 503
+        assert "2 requests wait already" in json.loads(body)["detail"]
+        assert master.command("drain", "stop").returncode == 0
+        assert {code for code, _, _ in orders.wait().values()} == {200}
+
+
+def test_the_timeout_of_the_queue_is_a_setting(tmp_path: Path) -> None:
+    with running(tmp_path, "--queue-timeout", "1.5", workers=1) as master:
+        assert master.command("drain", "start", "--mode", "queue").returncode == 0
+        orders = Orders(master.port)
+        for number in range(2):
+            orders.place(number)
         answers = orders.wait()
         assert {code for code, _, _ in answers.values()} == {503}
-        assert json.loads(body)["detail"] != answers[0][2]["detail"]
-        queue = master.current()["workers"][0]["queue"]
+        assert "has waited for 1.5 s" in answers[0][2]["detail"]
+        queue = master.told()["generations"][0]["workers"][0]["queue"]
         assert (queue["waiting"], queue["timed_out_total"]) == (0, 2)
 
 
