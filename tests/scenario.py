@@ -422,7 +422,7 @@ class Load:
                 "--port",
                 str(port),
                 "--duration",
-                "110",
+                "290",
                 "--ready-fd",
                 str(tell),
                 *arguments,

@@ -102,6 +102,7 @@ def test_a_master_that_is_killed_is_followed_by_one_that_adopts_its_workers(appl
             again.stop()
 
 
+@pytest.mark.timeout(600)
 def test_ten_masters_in_a_row_leak_nothing(application) -> None:
     directory = application("1")
     with on_a_port(*SERVE, cwd=directory) as (master, port), contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from segue.supervisor import upgrade
 SERVE = ("shop:app", "--workers", "2", "--no-access-log")
 
 
-@pytest.mark.timeout(300)  # one takes a second, and on a busy machine ten
+@pytest.mark.timeout(600)  # one takes a second, and on a busy machine fifteen
 def test_twenty_upgrades_under_load_lose_nothing_and_leak_nothing(application) -> None:
     with supervised(*SERVE, cwd=application("1")) as master:
         pid, pids, port = master.process.pid, master.worker_pids(), master.port
