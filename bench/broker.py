@@ -8,9 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from bench.servers import ServerError, free_port
+from bench.ports import free_port
+from bench.servers import ServerError
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
 _COMMON = ("set_tcp_nodelay true", "max_queued_messages 0")
 """No message is dropped by the broker itself, which by default keeps 1000 for a subscriber that is away or slow."""
 _UNLESS_SAID = ("allow_anonymous true", "user root")

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 from bench.browser import NoBrowserError, Page, chromium
 from bench.figures import Figure, Measured
+from bench.ports import free_port
 from bench.processes import cpu_s
-from bench.servers import Bench, Segue, free_port, segue
+from bench.servers import Bench, Segue, segue
 from bench.throughput import NO_WRK, wrk, wrk_is_here
 
 FIGURES = [

@@ -45,7 +45,7 @@ def main() -> None:
     client.on_publish = lambda *_: acknowledged.release()
     client.connect("127.0.0.1", port)
     client.loop_start()
-    if not connected.wait(20):
+    if not connected.wait(60):
         sys.exit("the broker did not answer")
     run, sent = uuid.uuid4().hex[:8], [0] * TOPICS
     begun = time.monotonic()

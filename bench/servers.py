@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.ports import free_port
 from bench.processes import MARK, kill_marked
 from bench.users import ROOT, Interpreter, NoInterpreterError, own, unprivileged
 from segue.handoff.http_client import CallError, call
@@ -278,13 +279,6 @@ def ping(port: int, timeout_s: float) -> bytes | None:
             return answer
     except OSError:
         return None
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answered(port: int, timeout_s: float = 10.0) -> int | None:

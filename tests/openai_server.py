@@ -67,7 +67,9 @@ def openai_server() -> Iterator[OpenAIServer]:
         process = subprocess.Popen([sys.executable, __file__, str(descriptor)], pass_fds=[descriptor])
         port = listener.getsockname()[1]
     try:
-        yield OpenAIServer(port, process)
+        running = OpenAIServer(port, process)
+        running.seen()  # from here on it takes no longer to answer than it says
+        yield running
     finally:
         process.kill()
         process.wait()
@@ -75,8 +77,9 @@ def openai_server() -> Iterator[OpenAIServer]:
 
 def refused_url() -> str:
     """Where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    from bench.ports import free_port  # which the server itself can't import
+
+    return f"http://127.0.0.1:{free_port()}/v1"
 
 
 # ------------------------------------------------------------------------------------------------------- the server

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import ports
 from bench.users import Interpreter, own
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,23 +29,9 @@ MARK = "TEST_MARK_OF_SEGUE"
 HOT = "/api/v1/hot"
 TOKEN = "a-token-of-many-letters-0123456789"
 """What is in the `token_file` of a test."""
-
-
-RESERVED: list[socket.socket] = []
+RESERVED = ports.held
 """What holds the ports of this test; they are given back at its end."""
-
-
-def free_port() -> int:
-    """One that nobody listens on, and that nobody else is given during this test.
-
-    It is bound, and not listened on: who asks the kernel for any port gets another one, and who asks for this one, with
-    SO_REUSEADDR as every server does, gets it.
-    """
-    sock = socket.socket()
-    RESERVED.append(sock)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", 0))
-    return int(sock.getsockname()[1])
+free_port = ports.free_port
 
 
 class Output:

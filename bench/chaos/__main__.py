@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +31,7 @@ from bench.chaos.blame import Cause, Loss
 from bench.chaos.events import BESIDE, EVENTS, WITH_COMPANY
 from bench.chaos.instance import ChaosError, Instance
 from bench.chaos.schedule import Schedule
+from bench.ports import free_port
 from bench.processes import kill_marked, marked
 from bench.users import ROOT
 
@@ -62,7 +61,7 @@ def main() -> int:
     tally: dict[str, Any] = {}
     messages: tuple[int, int, int] | None = None
     try:
-        instance.blame.port = _free_port()
+        instance.blame.port = free_port()
         instance.start()
         instance.settle()
         load = _load(instance.blame.port, directory)
@@ -194,12 +193,6 @@ def _finish(load: subprocess.Popen[bytes], directory: Path) -> dict[str, Any]:
     load.wait(60)
     result: dict[str, Any] = json.loads((directory / "load.json").read_text())
     return result
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _mount(path: Path) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.servers import Bench, Server, free_port, running
+from bench.ports import free_port
+from bench.servers import Bench, Server, running
 from bench.users import ROOT, own
 
 THEIRS = ROOT / ".compare" / "bin" / "python"
