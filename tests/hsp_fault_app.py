@@ -13,12 +13,15 @@ from typing import Any
 
 import hsp_app  # type: ignore[import-not-found]
 
+from segue.worker.backend.hsp import recruiting
 from segue.worker.backend.hsp.mailbox import Mailbox, Seat
 from segue.worker.backend.hsp.muster import LinedUp, Ready
 from segue.worker.backend.hsp.recruit import Recruit
 from segue.worker.backend.hsp.recruiting import Recruiting
 from segue.worker.backend.hsp.sessions import Sessions
 
+# the machine may be busy with others; both are less than the master waits
+recruiting._ANSWER_S, recruiting._LIMIT_S = 3.0, 8.0
 app = hsp_app.app
 _FAULT = Path(hsp_app.__file__).with_name("fault")
 

@@ -41,9 +41,9 @@ MARKS = [pytest.mark.anyio, pytest.mark.usefixtures("own_state")]
 def settings(broker: Broker | None, **more: Any) -> HSPSettings:
     """Of a test: known names, and impatient."""
     where: dict[str, Any] = {"host": "127.0.0.1", "port": broker.port} if broker is not None else {}
-    quick = {"connect_timeout_s": 3.0, "reconnect_first_s": 0.05, "reconnect_cap_s": 0.2}
+    quick = {"reconnect_first_s": 0.05, "reconnect_cap_s": 0.2}
     # the machine that runs the tests may be busy with others
-    patient = {"barrier_timeout_s": 20.0, "drain_timeout_s": 20.0}
+    patient = {"connect_timeout_s": 20.0, "barrier_timeout_s": 50.0, "drain_timeout_s": 20.0}
     return HSPSettings(**({"ai_id": "alpha"} | where | quick | patient | more))
 
 
@@ -82,6 +82,14 @@ class Agent:
         except BaseException:
             self.wanted = before
             raise
+
+    async def swap_whole(self, wanted: HSPSettings | None = None) -> dict[str, Any]:
+        """`swap`, and wait for what its answer waits for a second only: the new one has taken over, the old one is closed."""
+        report = await self.swap(wanted)
+        assert self.services.running is not None
+        unit = self.services.running[0].units["hsp"]
+        await until(lambda: not unit.retiring)
+        return report
 
 
 @contextlib.asynccontextmanager
@@ -393,10 +401,30 @@ services.declare("hsp", make, settings=HSPSettings, per="generation")
 app = services.wrap(hsp_app.serve)
 """
 """Tasks that last until a file says that they may end."""
+PATIENT_APP = """
+import hsp_app
+import segue
+from segue.worker.backend.hsp import recruiting
+from segue.worker.backend.hsp.settings import HSPSettings
+
+recruiting._ANSWER_S, recruiting._LIMIT_S = 20.0, 30.0
+services = segue.Services()
+services.declare(
+    "hsp",
+    hsp_app._make,
+    settings=HSPSettings,
+    per="generation",
+    deactivate_timeout=60,
+    handover_timeout=60,
+)
+app = services.wrap(hsp_app.serve)
+"""
+"""One in which whoever leaves lines up who stands by, however slow the machine is: nobody dies in it."""
 
 
 def configure(directory: Path, server: Broker, **more: Any) -> None:
-    wanted = {"host": "127.0.0.1", "port": server.port, "ai_id": "alpha", "barrier_timeout_s": 20.0} | more
+    patient = {"connect_timeout_s": 20.0, "barrier_timeout_s": 20.0, "drain_timeout_s": 8.0}
+    wanted = {"host": "127.0.0.1", "port": server.port, "ai_id": "alpha"} | patient | more
     lines = [f"{key} = {json.dumps(value)}" for key, value in wanted.items()]
     (directory / "segue.toml").write_text("\n".join(["[services.hsp]", *lines, ""]))
 
@@ -408,15 +436,18 @@ def serving(
     workers: int = 1,
     app: str = "hsp_app:app",
     prefix: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
     **more: Any,
 ) -> Iterator[Segue]:
     directory.mkdir()
     shutil.copy(ROOT / "bench" / "hsp_app.py", directory / "hsp_app.py")
     (directory / "slow_app.py").write_text(SLOW_APP)
     (directory / "tasks_app.py").write_text(TASKS_APP)
+    (directory / "patient_app.py").write_text(PATIENT_APP)
     configure(directory, server, **more)
     env = {"XDG_STATE_HOME": str(directory / "state"), "HOME": str(directory)}
-    with supervised(app, "--workers", str(workers), cwd=directory, env=env, prefix=prefix) as master:
+    command = (app, "--workers", str(workers), *options)
+    with supervised(*command, cwd=directory, env=env, prefix=prefix) as master:
         master.wait_status(connected)
         yield master
         master.stop(None)

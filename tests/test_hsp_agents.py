@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from bench.broker import Broker
 
 def written(server: Broker | None, name: str, more: str = "") -> str:
     where = f'host = "127.0.0.1"\nport = {server.port}\n' if server is not None else ""
-    return f'[services.hsp]\n{where}ai_id = "{name}"\nreconnect_first_s = 0.05\nconnect_timeout_s = 2\n{more}'
+    quick, patient = "reconnect_first_s = 0.05\n", "connect_timeout_s = 20\nbarrier_timeout_s = 20\n"
+    return f'[services.hsp]\n{where}ai_id = "{name}"\n{quick}{patient}{more}'
 
 
 @contextlib.contextmanager
@@ -35,6 +36,17 @@ def serving(directory: Path, settings: str, workers: int = 1) -> Iterator[tuple[
 def connected(document: dict[str, Any]) -> bool:
     hsp: dict[str, Any] = document["hsp"]
     return hsp == {"hsp_available": True, "is_connected": True, "fallback_enabled": False}
+
+
+def know(count: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether each worker has heard of so many others: whichever is asked over HTTP has."""
+
+    def holds(document: dict[str, Any]) -> bool:
+        current = next(each for each in document["generations"] if each["current"])
+        found = [each["services"]["learning"]["metrics"]["known_ai_count"] for each in current["workers"]]
+        return all(each["value"] == count for each in found)
+
+    return holds
 
 
 def test_without_a_broker_it_says_so_and_works_in_the_process(tmp_path: Path) -> None:
@@ -116,7 +128,7 @@ def test_two_agents_know_each_other_and_work_for_each_other_over_swaps_and_reloa
     ):
         for master in (alpha, beta):
             master.wait_status(connected)
-        alpha.wait_status(lambda document: document["metrics"]["learning"]["known_ai_count"] == 1)
+        alpha.wait_status(know(1))
 
         def peer() -> dict[str, Any]:
             found = http.get("/api/v1/peers").json()
@@ -147,6 +159,7 @@ def test_two_agents_know_each_other_and_work_for_each_other_over_swaps_and_reloa
             assert "42" in ask("calculate", expression="6*7").json()["result"]["text"]
             assert alpha.command(*change).returncode == 0
             alpha.wait_status(connected)
-        alpha.wait_status(lambda document: document["metrics"]["learning"]["known_ai_count"] == 1)
+        document = alpha.wait_status(know(1))
+        assert document["metrics"]["learning"]["known_ai_count"] == 1
         beta.stop(None)
         alpha.wait_status(lambda _: not peer()["online"])

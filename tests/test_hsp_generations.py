@@ -157,7 +157,11 @@ def test_a_new_generation_that_is_set_otherwise_loses_doubles_and_reorders_nothi
     tmp_path: Path, version: str, changed: dict[str, Any]
 ) -> None:
     code = tmp_path / "code"
-    with broker(tmp_path) as server, serving(code, server, workers=2, mqtt_version=version) as master:
+    with (
+        broker(tmp_path) as server,
+        # so that there is something to go back to, however long it takes
+        serving(code, server, workers=2, options=("--probation", "600"), mqtt_version=version) as master,
+    ):
         with publisher(server, 200) as published:
             for more in (changed, {}, changed):
                 configure(code, server, mqtt_version=version, **more)

@@ -47,7 +47,15 @@ def test_generations_and_the_way_back_line_up_at_a_token(
     code = tmp_path / "code"
     with (
         broker(tmp_path) as server,
-        serving(code, server, workers=2, mqtt_version=version, qos=qos) as master,
+        serving(
+            code,
+            server,
+            workers=2,
+            app="patient_app:app",
+            options=("--probation", "600"),  # so that there is something to go back to, however long it takes
+            mqtt_version=version,
+            qos=qos,
+        ) as master,
     ):
         with publisher(server, rate, qos) as published:
             for number in range(3):
@@ -110,7 +118,7 @@ def test_a_retained_message_is_taken_once_over_generations_and_a_new_filter_gets
     code = tmp_path / "code"
     with broker(tmp_path) as server:
         asyncio.run(publish(server, (f"{FACTS}/0", fact(0)), ("sensors/now", fact(1)), retain=True))
-        with serving(code, server) as master:
+        with serving(code, server, app="patient_app:app") as master:
             wait_received(code, 1)
             for number in range(2):
                 master.reload()

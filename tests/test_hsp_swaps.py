@@ -41,7 +41,7 @@ async def test_swaps_under_load_lose_double_and_reorder_nothing(
             alpha.current.on(FACT, tally)
             with publisher(server, rate, qos) as published:
                 for _ in range(12):
-                    report = await alpha.swap()
+                    report = await alpha.swap_whole()
                     assert "degraded" not in report
                     await tally.more()
             await tally.reach(sum(published.sent))
@@ -150,7 +150,7 @@ async def test_the_broker_can_be_changed_and_taken_away_with_nothing_lost(
             assert tally.verdict(published.sent) == NOTHING
             await publish(two, (f"{FACTS}/0", fact(100_000)))
             await tally.has(100_000)
-            await alpha.swap(settings(None))
+            await alpha.swap_whole(settings(None))
             assert alpha.current.health()["kind"].startswith("embedded fallback")
             await publish(two, (f"{FACTS}/0", fact(100_001)))
             await alpha.current.publish_fact("bench/0", {"topic": 0, "number": 100_002})
@@ -194,27 +194,30 @@ async def test_a_task_that_runs_goes_on_over_swaps_and_its_result_arrives(tmp_pa
         return {"twice": parameters["number"] * 2}
 
     with broker(tmp_path) as server:
-        async with agent(settings(server)) as alpha, agent(settings(server, ai_id="beta")) as beta:
+        # a swap that waited for the task would never come to an end
+        lasting = settings(server, ai_id="beta", drain_timeout_s=3600.0)
+        async with agent(settings(server)) as alpha, agent(lasting) as beta:
             beta.current.serve("double", work)
-            asked = asyncio.create_task(alpha.current.request_task("double", {"number": 21}, "beta"))
+            asking = alpha.current.request_task("double", {"number": 21}, "beta", timeout_s=100)
+            asked = asyncio.create_task(asking)
             await begun.wait()
             for _ in range(3):
-                report = await beta.swap()
-                assert report["seconds"]["deactivate"] < 5
+                await beta.swap_whole()
             go.set()
             assert await asked == {"twice": 42}
 
 
 async def test_what_is_not_acknowledged_is_asked_for_again_by_the_new_connector(tmp_path: Path) -> None:
     with broker(tmp_path) as server:
-        async with agent(settings(server, ack_timeout_s=0.5, ack_retries=20)) as alpha:
+        retrying = settings(server, ack_timeout_s=0.5, ack_retries=20, breaker_failures=1000)
+        async with agent(retrying) as alpha:
             old = alpha.current
             wants = old._letters.wants(True)
             letter = old._letters.letter(
                 "hsp/elsewhere", envelope(FACT, {"number": 1}, sender="alpha", qos=wants)
             )
             await old._letters.outbox.post(letter)
-            await alpha.swap()
+            await alpha.swap_whole()  # until it is closed, the old one asks
             sent = await heard(server, "hsp/elsewhere", lambda: asyncio.sleep(0))
             assert sent["message_id"] == letter.id
             address = sent["qos_parameters"]["ack_address"]

@@ -88,6 +88,10 @@ class Tasks:
         for number in numbers:
             assert await self.asked[number] == {"square": number**2}
 
+    async def remembered(self, *finished: int) -> None:
+        """Wait until the worker has only the others left: a result arrives before it is remembered that it was given."""
+        await counted(self, lambda metrics: metrics["tasks_running"] == len(self.asked) - len(finished))
+
     async def kill(self) -> int:
         """`kill -9` of the worker; the pid of the one that takes its place."""
         before = await asyncio.to_thread(self.pid)
@@ -132,6 +136,7 @@ async def test_more_tasks_than_may_wait_are_all_brought_to_an_end_after_a_kill(
             finished = {0, 12, 14}
             await tasks.finish(*finished)
             await until(lambda: len(tasks.written) == MANY - 10 - 2)
+            await tasks.remembered(*finished)
             successor = await tasks.kill()
             await tasks.begun(successor, set(range(MANY)) - finished)
             await tasks.finish(*range(MANY))
@@ -167,6 +172,7 @@ async def test_tasks_whose_session_has_gone_in_a_swap_are_brought_to_an_end_afte
                 assert swapped.returncode == 0, swapped.stderr
             assert len(tasks.by(pid)) == MANY, "none is begun anew by a swap"
             await tasks.finish(3)
+            await tasks.remembered(3)
             successor = await tasks.kill()
             await tasks.begun(successor, set(range(MANY)) - {3})
             await tasks.finish(*range(MANY))
@@ -221,10 +227,8 @@ async def test_with_a_full_disk_tasks_wait_at_the_broker_and_what_can_not_is_tol
             fill(ballast)
             await tasks.ask(MANY + 2)
             await counted(tasks, lambda metrics: metrics["tasks_exposed"] == 2)
-            assert (
-                "a task is lost if this process is killed: it can't be written down"
-                in tasks.master.output.text
-            )
+            told = "a task is lost if this process is killed: it can't be written down"
+            await asyncio.to_thread(tasks.master.output.wait_for, told)
             # fifteen wait for their acknowledgement, and what is behind them gets through all the same
             await publish(server, *((f"{FACTS}/0", fact(number)) for number in range(100)))
             await until(lambda: received(tasks.code).count == 100)
