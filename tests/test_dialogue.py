@@ -87,10 +87,17 @@ async def parts(
     llm = MultiLLMService(LLMSettings(providers=providers, offline_pause_s=0), lis)
     memory = HAMMemoryManager(MemorySettings(path=str(directory / "memory.db")))
     personality = PersonalityManager(PersonalitySettings(profile))
-    emotion = EmotionSystem(EmotionSettings(), personality)
+    emotion = EmotionSystem(EmotionSettings(), personality, None, lambda: 1e9)  # nothing fades meanwhile
     used: Any = tools or Tools(llm)
     dialogue = DialogueManager(
-        DialogueSettings(**settings), llm, used, personality, emotion, memory, lis, previous
+        DialogueSettings(**({"memory_timeout_s": 60.0} | settings)),
+        llm,
+        used,
+        personality,
+        emotion,
+        memory,
+        lis,
+        previous,
     )
     try:
         await llm.start()
@@ -142,7 +149,7 @@ def test_a_conversation_goes_on_in_another_process_since_its_turns_are_remembere
             felt = them.emotion.state("s")
         async with parts(tmp_path, server.url()) as them:
             await them.say("and the walnut?")
-            assert them.emotion.state("s").valence == pytest.approx(felt.valence, abs=0.01)
+            assert them.emotion.state("s").valence == pytest.approx(felt.valence, abs=0.001)
             assert felt.valence < -0.2
             await them.say("other", session="t")
         second, other = (seen["body"]["messages"] for seen in server.seen()[1:])
@@ -361,6 +368,7 @@ def test_an_answer_ends_on_what_it_began_with_and_the_next_one_uses_the_new(
     monkeypatch.setenv("SEGUE_SERVICES__MEMORY__PATH", str(tmp_path / "memory.db"))
     monkeypatch.setenv("SEGUE_SERVICES__LLM__BASE_URL", server.url("paced"))
     monkeypatch.setenv("SEGUE_SERVICES__LLM__MODEL", "old")
+    monkeypatch.setenv("SEGUE_SERVICES__DIALOGUE__MEMORY_TIMEOUT_S", "60")
 
     async def scenario() -> None:
         services = segue.Services()

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import msgspec
 import paho.mqtt.client as paho
 import pytest
 from hsp_harness import fact
+from hypothesis import given
 from hypothesis import strategies as st
 from paho.mqtt.enums import CallbackAPIVersion
 
@@ -86,8 +86,7 @@ def test_unknown_members_are_ignored_and_every_known_one_is_checked() -> None:
             envelopes.decode(json.dumps({key: good[key] for key in good if key != member}).encode())
 
 
-@hypothesis.settings(deadline=None)
-@hypothesis.given(
+@given(
     st.binary(max_size=200)
     | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(json.dumps).map(str.encode)
 )

@@ -35,7 +35,7 @@ import asyncio, sys
 from segue.worker.backend.memory import HAMMemoryManager, MemorySettings
 
 async def main(path, name):
-    memory = HAMMemoryManager(MemorySettings(path=path))
+    memory = HAMMemoryManager(MemorySettings(path=path, busy_timeout_s=60.0))
     await memory.start()
     print("open", flush=True)
     sys.stdin.readline()

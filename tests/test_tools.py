@@ -410,7 +410,7 @@ SLOW = """
 
 @pytest.fixture
 async def slow(write: Write) -> AsyncIterator[ToolDispatcher]:
-    dispatcher = await started(write("slow", SLOW), deadline_s=1.0, max_threads=2, max_hanging=2)
+    dispatcher = await started(write("slow", SLOW), deadline_s=3.0, max_threads=2, max_hanging=2)
     yield dispatcher
     dispatcher.library.tools["hangs"].function.__globals__["RELEASE"].set()
 
@@ -418,15 +418,15 @@ async def slow(write: Write) -> AsyncIterator[ToolDispatcher]:
 @pytest.mark.parametrize("name", ["hangs", "sleeps", "stubborn"])
 async def test_a_tool_that_hangs_ends_at_its_deadline(slow: ToolDispatcher, name: str) -> None:
     result = await slow.call(name, "")
-    assert result.error == "it took longer than 1 s"
-    assert 1.0 <= result.seconds < 60
+    assert result.error == "it took longer than 3 s"
+    assert 3.0 <= result.seconds < 60
     assert await called(slow, "quick") == "tool"
 
 
 async def test_threads_that_hang_are_counted_and_are_in_nobody_s_way(slow: ToolDispatcher) -> None:
     slow.lis = LIS(LISSettings(failures=100))
     errors = [result.error for result in await asyncio.gather(*(slow.call("hangs", "") for _ in range(2)))]
-    assert errors == ["it took longer than 1 s"] * 2
+    assert errors == ["it took longer than 3 s"] * 2
     assert slow.metrics()["abandoned_threads"] == slow.metrics()["hanging"] == 2
     # the tool itself is refused, without waiting for the deadline
     refused = await slow.call("hangs", "")
@@ -445,17 +445,17 @@ class Owner:
 
 async def test_work_that_gets_no_thread_in_time_says_so_and_never_begins() -> None:
     threads, owner, release, done = Threads(1), Owner(), threading.Event(), []
-    long = asyncio.create_task(threads.run(lambda: release.wait(20), 20, owner))
+    long = asyncio.create_task(threads.run(lambda: release.wait(60), 60, owner))
     await asyncio.sleep(0)
     with pytest.raises(DeadlineError, match=r"no thread was free for it within 0\.1 s"):
         await threads.run(lambda: done.append("late"), 0.1, owner)
-    left = asyncio.create_task(threads.run(lambda: done.append("left"), 20, owner))
+    left = asyncio.create_task(threads.run(lambda: done.append("left"), 60, owner))
     await asyncio.sleep(0)
     left.cancel()
     await asyncio.wait({left})
     release.set()
     assert await long
-    await threads.run(lambda: done.append("next"), 20, owner)
+    await threads.run(lambda: done.append("next"), 60, owner)
     assert (done, owner.hanging, threads.abandoned) == (["next"], 0, 0)
 
 
@@ -464,12 +464,12 @@ async def test_work_whose_caller_has_left_keeps_its_deadline() -> None:
 
     def work() -> None:
         begun.set()
-        release.wait(20)
+        release.wait(60)
 
-    left = asyncio.create_task(threads.run(work, 0.1, owner))
+    left = asyncio.create_task(threads.run(work, 3.0, owner))
     await until(begun.is_set)
     left.cancel()
-    assert await threads.run(lambda: "next", 20, owner) == "next"
+    assert await threads.run(lambda: "next", 60, owner) == "next"
     assert owner.hanging == 1
     release.set()
     await until(lambda: owner.hanging == 0)
@@ -485,9 +485,9 @@ async def test_a_task_that_ignores_its_end_is_counted(slow: ToolDispatcher) -> N
 async def test_a_file_whose_import_hangs_is_given_up_and_the_others_load(write: Write) -> None:
     write("good", 'def good() -> str:\n    "Do."\n    return "yes"\n')
     directory = write("bad", "import threading\nthreading.Event().wait(20)\n")
-    dispatcher = await started(directory, load_deadline_s=2.0)
+    dispatcher = await started(directory, load_deadline_s=5.0)
     assert names(dispatcher) == ["good"]
-    assert dispatcher.problems == {"bad": "bad.py: it took longer than 2 s"}
+    assert dispatcher.problems == {"bad": "bad.py: it took longer than 5 s"}
 
 
 async def test_the_loop_goes_on_while_tools_compute(write: Write) -> None:
@@ -511,7 +511,7 @@ async def test_the_loop_goes_on_while_tools_compute(write: Write) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -548,7 +548,7 @@ async def test_calls_end_on_the_code_on_which_they_began(write: Write) -> None:
         def in_thread() -> str:
             "Do."
             BEGUN.set()
-            GO.wait(20)
+            GO.wait(60)
             return _which()
         async def on_loop() -> str:
             "Do."
@@ -741,8 +741,10 @@ async def test_fifty_reloads_under_a_hundred_concurrent_calls_fail_none(
     assert totals["total_invocations"] == sum(counts)
     assert totals["recent_failures"] == 0
     assert totals["success_rate"] == 1.0
-    gc.collect()
-    assert len([name for name in sys.modules if name.startswith("segue_tools.a__")]) <= 1
+    # a thread may still be letting go of its last call
+    await until(
+        lambda: gc.collect() >= 0 and sum(name.startswith("segue_tools.a__") for name in sys.modules) <= 1
+    )
 
 
 async def test_a_reload_that_is_refused_changes_nothing(
@@ -800,7 +802,7 @@ async def test_statistics_go_on_over_reloads(write: Write) -> None:
     totals = new.totals()
     assert totals.keys() == {"total_invocations", "recent_failures", "success_rate", "avg_latency"}
     assert (totals["total_invocations"], totals["recent_failures"], totals["success_rate"]) == (4, 1, 0.75)
-    assert 0 < totals["avg_latency"] < 1000
+    assert 0 < totals["avg_latency"] < 60_000
     metrics = new.metrics()
     assert metrics["success_rate"] == segue.Rate(0.75, 4)
     assert metrics["tools"] == 1
@@ -888,7 +890,7 @@ async def test_the_calculator_does_nothing_but_arithmetic(expression: str) -> No
     dispatcher = await started("")
     result = await dispatcher.call("calculate", {"expression": expression})
     assert not result.ok or expression.startswith("-")
-    assert result.seconds < 2
+    assert result.seconds < 20  # less than its deadline
 
 
 def test_no_thread_keeps_the_process(write: Write) -> None:
@@ -899,7 +901,7 @@ def test_no_thread_keeps_the_process(write: Write) -> None:
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import test_tools
         async def main():
-            dispatcher = await test_tools.started({str(directory)!r}, deadline_s=0.1)
+            dispatcher = await test_tools.started({str(directory)!r}, deadline_s=3.0)
             print((await dispatcher.call("hangs", "")).error)
         asyncio.run(main())
     """
@@ -911,4 +913,4 @@ def test_no_thread_keeps_the_process(write: Write) -> None:
         timeout=60,
         cwd=ROOT,
     )
-    assert (ended.returncode, ended.stdout) == (0, "it took longer than 0.1 s\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, "it took longer than 3 s\n"), ended.stderr
