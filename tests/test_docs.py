@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pages import Terminal, blocks
+import pytest
+from pages import COMMAND_TIMEOUT_S, Terminal, blocks
 from scenario import DEADLINE_S, MARK, ROOT, Segue, environment, free_port, made_directory, supervised
 
 from segue.supervisor.setting_reference import page
+
+pytestmark = pytest.mark.timeout(2 * COMMAND_TIMEOUT_S)
 
 
 def test_every_snippet_of_the_page_on_services_runs(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from hsp_harness import broker
 from openai_server import openai_server
-from pages import Terminal, blocks, pages
+from pages import COMMAND_TIMEOUT_S, Terminal, blocks, pages
 from scenario import DEADLINE_S, ROOT, free_port, segue, supervised
 from test_docs import commands_of
 from test_hsp_agents import connected, written
 
 from segue.supervisor.cli import cli
 
+pytestmark = pytest.mark.timeout(2 * COMMAND_TIMEOUT_S)
 SHOP = """
 from typing import Annotated
 
