@@ -9,6 +9,9 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+PROBATION_S = 2
+LONG_PROBATION_S = 60
+"""Of what is bad on purpose: it ends when that is found out, however slow the machine is."""
 _IN_PLACE = 0.25
 """How often code is edited in place."""
 _APPLICATION = """
@@ -90,6 +93,7 @@ class Code:
         answers: str = "pass",
         settings: str = "",
         *,
+        probation_s: float = PROBATION_S,
         in_place: bool | None = None,
     ) -> None:
         """Another version of the application, broken if it is told how; `settings` are lines for the settings file."""
@@ -100,8 +104,9 @@ class Code:
         if in_place is None:
             in_place = self._rng.random() < _IN_PLACE
         release = self.current.resolve() if in_place else self._releases / str(self._version)
-        self.put(Place(release, text, settings + "\n" + self._settings))
-        if (prelude, lifespan, warm, answers, settings) == ("", "pass", "pass", "pass", ""):
+        self.put(Place(release, text, f"{settings}\nprobation = {probation_s}\n{self._settings}"))
+        as_usual = (prelude, lifespan, warm, answers, settings, probation_s)
+        if as_usual == ("", "pass", "pass", "pass", "", PROBATION_S):
             self._good = self.place
 
     def mend(self) -> None:

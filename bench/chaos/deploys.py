@@ -9,7 +9,7 @@ import time
 from functools import partial
 from typing import Any
 
-from bench.chaos.code import spoiled
+from bench.chaos.code import LONG_PROBATION_S, spoiled
 from bench.chaos.instance import WORKERS, ChaosError, Instance
 
 _CANARY_S = 1.5
@@ -115,7 +115,7 @@ def bad_answers(instance: Instance, rng: random.Random) -> str:
     """New code answers with 500: the code before it is back by itself."""
     before = instance.current()["id"]
     share = rng.uniform(0.5, 1.0)
-    instance.code.write(answers=spoiled(share))
+    instance.code.write(answers=spoiled(share), probation_s=LONG_PROBATION_S)
     _taken_back(instance, instance.ask("reload"), "5xx")
     _still(instance, before)
     return f"{share:.0%} of the answers"
@@ -124,7 +124,7 @@ def bad_answers(instance: Instance, rng: random.Random) -> str:
 def bad_crash(instance: Instance, rng: random.Random) -> str:
     """A worker of new code ends soon: the code before it is back by itself."""
     before = instance.current()["id"]
-    instance.code.write()
+    instance.code.write(probation_s=LONG_PROBATION_S)
     document = instance.demand("reload")
     time.sleep(rng.uniform(0, 0.5))
     count = _kill_one(instance, "active")

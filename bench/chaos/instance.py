@@ -29,7 +29,6 @@ HOT = "/api/v1/hot"
 WORKERS = 2
 DEADLINE_S = 90.0
 HEARTBEAT_TIMEOUT_S = 4
-PROBATION_S = 2
 PARK_FOR_S = 20
 _POLL_S = 0.05
 _START_S = 0.2
@@ -109,7 +108,7 @@ class Instance:
         command = [sys.executable, "-m", "segue.supervisor.cli", "serve", "shop:app"]
         command += ["--runtime-dir", str(self.runtime_dir), "--workers", str(WORKERS), "--no-access-log"]
         command += ["--bind", f"127.0.0.1:{self.blame.port}", "--warm-up", "/warm"]
-        command += ["--heartbeat-timeout", str(HEARTBEAT_TIMEOUT_S), "--probation", str(PROBATION_S)]
+        command += ["--heartbeat-timeout", str(HEARTBEAT_TIMEOUT_S)]
         command += ["--park-for", str(PARK_FOR_S)]
         return subprocess.Popen(
             command,
