@@ -89,6 +89,8 @@ class Terminal:
         while self.process.poll() is None:
             assert time.monotonic() < deadline, self.text
             self.read(0.1)
+        while self.read(0.0):
+            pass
         os.write(self._child, END.encode())  # what it has printed comes before this, a moment later perhaps
         while END not in self.raw:
             assert time.monotonic() < deadline, self.text
