@@ -251,7 +251,9 @@ def test_a_generation_that_still_drains_can_be_taken_back(application, tmp_path)
         with Client(master.port) as other:
             other.come_to("1")
         assert stream.read(9).startswith(b"data:")
-        master.stop(expected=None)
+        (tmp_path / "enough").touch()
+        assert stream.read().endswith(b"data: done\n\n")
+        master.stop()
 
 
 def test_a_parked_generation_ends_when_its_time_is_over(application) -> None:

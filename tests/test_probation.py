@@ -89,7 +89,7 @@ def ask(port: int, path: str = "/") -> int:
 
 def test_a_crash_on_probation_takes_the_previous_generation_back(shop) -> None:
     with (
-        supervised("shop:app", "--probation", "60", cwd=shop("1")) as master,
+        supervised("shop:app", "--probation", "600", cwd=shop("1")) as master,
         Client(master.port) as client,
     ):
         pids, port = master.worker_pids(), master.port
@@ -122,7 +122,7 @@ def test_a_crash_on_probation_takes_the_previous_generation_back(shop) -> None:
 
 def test_too_many_5xx_on_probation_take_it_back_under_load(shop) -> None:
     with supervised(
-        "shop:app", "--workers", "2", "--no-access-log", "--probation", "60", cwd=shop("1")
+        "shop:app", "--workers", "2", "--no-access-log", "--probation", "600", cwd=shop("1")
     ) as master:
         with Load(master.port, *LOAD) as load:
             shop("2", bad=2)
@@ -148,7 +148,7 @@ def test_a_good_generation_passes(shop) -> None:
 
 
 def test_a_probation_that_another_generation_came_before_was_not_passed(shop) -> None:
-    with supervised("shop:app", "--probation", "60", cwd=shop("1")) as master:
+    with supervised("shop:app", "--probation", "600", cwd=shop("1")) as master:
         shop("2")
         with reloading(master) as reload:
             master.output.wait_for("promoted generation=2")
@@ -243,7 +243,7 @@ def test_the_endpoint_answers_with_the_outcome_of_the_probation(shop) -> None:
         shop("2")
         code, document = master.call("POST", f"{HOT}/reload?until=probation")
         assert (code, document["probation"]) == (200, "passed")
-        settings.write_text("probation = 60\n")
+        settings.write_text("probation = 600\n")
         shop("3", bad=1)
         code, document = master.call("POST", f"{HOT}/reload?wait=0")
         master.output.wait_for("promoted generation=3")
@@ -258,7 +258,7 @@ def test_the_endpoint_answers_with_the_outcome_of_the_probation(shop) -> None:
 
 
 def test_a_generation_that_is_staged_is_on_probation_once_it_is_promoted(shop) -> None:
-    with supervised("shop:app", "--probation", "60", cwd=shop("1")) as master:
+    with supervised("shop:app", "--probation", "600", cwd=shop("1")) as master:
         shop("2")
         assert master.command("stage").returncode == 0
         assert master.status()["probation"] is None
@@ -275,7 +275,7 @@ def test_a_generation_that_is_staged_is_on_probation_once_it_is_promoted(shop) -
 def test_a_worker_that_is_killed_from_outside_counts_as_a_crash(shop) -> None:
     import os
 
-    with supervised("shop:app", "--workers", "2", "--probation", "60", cwd=shop("1")) as master:
+    with supervised("shop:app", "--workers", "2", "--probation", "600", cwd=shop("1")) as master:
         shop("2")
         master.reload()
         os.kill(master.worker_pids()[0], 9)
@@ -287,7 +287,7 @@ def test_a_worker_that_is_killed_from_outside_counts_as_a_crash(shop) -> None:
 
 
 def test_a_rollback_by_hand_is_on_no_probation(shop) -> None:
-    with supervised("shop:app", "--probation", "30", cwd=shop("1", bad=1)) as master:
+    with supervised("shop:app", "--probation", "600", cwd=shop("1", bad=1)) as master:
         shop("2")
         master.reload()
         assert master.command("rollback").returncode == 0
@@ -301,7 +301,7 @@ def test_a_rollback_by_hand_is_on_no_probation(shop) -> None:
 
 def test_the_path_of_the_code_does_not_matter(shop, tmp_path: Path) -> None:
     """Changed in place: the old code is gone from the disk, and its processes serve again all the same."""
-    with supervised("shop:app", "--probation", "60", cwd=shop("1")) as master:
+    with supervised("shop:app", "--probation", "600", cwd=shop("1")) as master:
         for path in tmp_path.glob("code/*.py"):
             path.write_text("")
         shop("2", bad=1)

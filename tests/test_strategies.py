@@ -229,7 +229,7 @@ def test_a_canary_serves_beside_the_old_generation_and_then_all_do(application) 
 
 def test_a_bad_canary_is_found_out_before_all_serve(application) -> None:
     with supervised(
-        "shop:app", "--workers", "2", "--canary", "1", "--canary-for", "60", cwd=application("1")
+        "shop:app", "--workers", "2", "--canary", "1", "--canary-for", "600", cwd=application("1")
     ) as master:
         application("2")
         _, document = master.call("POST", f"{HOT}/reload?wait=0")
