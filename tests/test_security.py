@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import grp
 import http.client
 import json
@@ -38,7 +39,7 @@ from scenario import (
     unix_call,
 )
 
-from segue.handoff import adoption, http_server, relay
+from segue.handoff import adoption, http_client, http_server, relay
 from segue.handoff.browser import misdirected
 from segue.handoff.http import Handler, Request, Response, json_response
 from segue.handoff.notify import NotifySocket
@@ -206,22 +207,85 @@ def test_a_body_is_not_waited_for_of_who_may_not_ask_anyway(application, token_f
 
 
 @contextlib.asynccontextmanager
-async def served(handler: Handler) -> AsyncIterator[str]:
-    """The server in this process, with limits cut short, on a socket of its own."""
-    sock = socket.socket(socket.AF_UNIX)
+async def server_of(handler: Handler, sock: socket.socket) -> AsyncIterator[tuple[http_server.Server, str]]:
+    """The server in this process, on `sock`."""
     path = os.path.join(made_directory("segue-s-"), "s")
     sock.bind(path)
-    sock.listen()
-    sock.setblocking(False)
     server = http_server.Server(sock, handler)
     try:
-        yield path
+        yield server, path
     finally:
         server.close()
 
 
+@contextlib.asynccontextmanager
+async def served(handler: Handler) -> AsyncIterator[str]:
+    """The server in this process, with limits cut short, on a socket of its own."""
+    async with server_of(handler, socket.socket(socket.AF_UNIX)) as (_, path):
+        yield path
+
+
 async def nothing(_: Request) -> Response:
     return json_response({})
+
+
+class Scarce(socket.socket):
+    """No descriptor is left for the first who comes."""
+
+    refused = 0
+
+    def accept(self) -> Any:
+        if not self.refused:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_who_comes_while_no_descriptor_is_left_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> list[str]:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(str(context)))
+        async with server_of(nothing, Scarce(socket.AF_UNIX)) as (_, path):
+            assert (await http_client.call(path, "GET", "/", timeout_s=DEADLINE_S)).status == 200
+        return told
+
+    monkeypatch.setattr(http_server, "_ACCEPT_PAUSE_S", 0.05)
+    [told] = asyncio.run(scenario())
+    assert "Too many open files" in told
+
+
+def test_a_server_that_is_held_answers_who_is_there_and_then_who_has_come_since() -> None:
+    async def scenario() -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def handler(request: Request) -> Response:
+            begun.set()
+            await go.wait()
+            return json_response({})
+
+        async with server_of(handler, socket.socket(socket.AF_UNIX)) as (server, path):
+
+            async def ask() -> int:
+                return (await http_client.call(path, "GET", "/", timeout_s=DEADLINE_S)).status
+
+            first = asyncio.create_task(ask())
+            await begun.wait()
+            held = asyncio.create_task(server.hold(DEADLINE_S))
+            await asyncio.sleep(0)
+            begun.clear()
+            second = asyncio.create_task(ask())
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert not held.done()
+            go.set()
+            assert await first == 200
+            await held
+            assert not second.done()
+            assert not begun.is_set()
+            server.accept()
+            assert await second == 200
+
+    asyncio.run(scenario())
 
 
 def test_a_request_that_does_not_come_whole_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,14 @@ def test_a_signal_to_all_is_for_the_master(machine: Machine, service: Service) -
         machine.systemctl("kill", "--signal=HUP", UNIT)
         machine.wait(UNIT, ActiveState="active", StatusText="generation 2 serves")
         assert service.get() == "2"
+        workers = service.workers()
+        machine.systemctl("kill", "--signal=USR2", UNIT)
+        service.wait_status(lambda status: status["master"]["epoch"] == 2)
+        assert service.workers() == workers
+        machine.systemctl("kill", "--signal=TTIN", UNIT)
+        service.wait_status(lambda _: len(service.workers()) == 3)
+        machine.systemctl("kill", "--signal=TTOU", UNIT)
+        service.wait_status(lambda _: len(service.workers()) == 2)
         clients.nothing_lost()
 
 
