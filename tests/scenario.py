@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -32,6 +33,8 @@ TOKEN = "a-token-of-many-letters-0123456789"
 RESERVED = ports.held
 """What holds the ports of this test; they are given back at its end."""
 free_port = ports.free_port
+PIPE_BYTES = 1 << 20
+"""The most that the kernel lets anybody have."""
 
 
 class Output:
@@ -155,6 +158,8 @@ class Segue:
         os.chmod(path, 0o777)
         os.chmod(os.path.dirname(path), 0o755)
         read, write = os.pipe()
+        # a master drops what it has to say where there is no room: of 64 KiB with the access log of a load, in half a second
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         command = [interpreter.executable, "-m", "segue.supervisor.cli", "serve", *arguments]
         command += ["--runtime-dir", self.runtime_dir, "--name", name]
         if bind:
