@@ -13,6 +13,28 @@ import httpx2
 from scenario import MARK, ROOT, Segue, supervised
 
 MCP_SERVER = str(ROOT / "tests" / "mcp_server.py")
+LIGHT = """
+    import json, sys
+    for line in sys.stdin:
+        asked = json.loads(line)
+        method, error = asked["method"], None
+        if method == "initialize":
+            result = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}},
+                      "serverInfo": {"name": "light", "version": "1"}}
+        elif method == "tools/list":
+            result = {"tools": [{"name": "add", "inputSchema": {"type": "object"}}]}
+        elif method == "tools/call":
+            given = asked["params"]["arguments"]
+            result = {"content": [{"type": "text", "text": str(given["a"] + given["b"])}]}
+        else:
+            result, error = None, {"code": -32601, "message": "no such method"}
+        if "id" in asked:
+            answer = {"error": error} if error else {"result": result}
+            print(json.dumps({"jsonrpc": "2.0", "id": asked["id"]} | answer), flush=True)
+"""
+"""A server without the SDK, which takes most of a second to import."""
+PATIENT = "[services.mcp]\npatience_s = 60.0\nconnect_timeout_s = 60.0\n"
+"""Settings with which a start waits for MCP servers, and a call for one that comes back, however slow the machine is."""
 
 
 class Backend:

@@ -11,6 +11,8 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 
 server = MCPServer("test", instructions="For tests.")
+listened_to = anyio.Event()
+"""Somebody listens to what no request has asked for, over HTTP."""
 
 
 @server.tool()
@@ -50,8 +52,10 @@ def die() -> str:
 
 
 @server.tool()
-async def learn(name: str, context: Context[Any]) -> str:
-    """Get a new tool."""
+async def learn(name: str, context: Context[Any], heard: bool = False) -> str:
+    """Get a new tool; not before that is heard over HTTP, if so asked."""
+    if heard:
+        await listened_to.wait()
     server.add_tool(lambda: "learnt", name=name, description="New.")
     await context.notify_tools_changed()  # those who listen, as of 2026
     await context.session.send_tool_list_changed()  # everybody, before
@@ -64,7 +68,7 @@ if __name__ == "__main__":
         server.run("stdio")
     else:
         import uvicorn
-        from starlette.types import ASGIApp, Receive, Scope, Send
+        from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
         class Guarded:
             def __init__(self, app: ASGIApp, token: str) -> None:
@@ -76,7 +80,13 @@ if __name__ == "__main__":
                     await send({"type": "http.response.start", "status": 401, "headers": []})
                     await send({"type": "http.response.body", "body": b"who are you?"})
                     return
-                await self.app(scope, receive, send)
+
+                async def begun(message: Message) -> None:
+                    if scope.get("method") == "GET":
+                        listened_to.set()
+                    await send(message)
+
+                await self.app(scope, receive, begun)
 
         app = Guarded(server.streamable_http_app(), sys.argv[3] if len(sys.argv) > 3 else "")
         uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")

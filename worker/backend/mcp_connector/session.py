@@ -298,6 +298,8 @@ class ServerSession:
         self._poke.set()
 
     def _fall(self) -> None:
+        if self._client is None:  # it never stood, or has fallen: why is known better
+            return
         self._client, self.reason = None, "its connection has just been lost"
         self._up.clear()
         if self.tools:
@@ -347,6 +349,7 @@ class ServerSession:
     async def _listen(self, client: Client) -> None:
         try:
             async with client.listen(tools_list_changed=True) as events:
+                self._poke.set()  # what has changed since they were listed isn't told
                 async for _ in events:
                     self._poke.set()
         except Exception as error:  # noqa: BLE001 - without it the list is asked for now and then all the same
