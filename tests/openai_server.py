@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from typing import Any
 
 FOREVER_S = 600
+PAUSES_S = {"paced": 0.03, "leisurely": 0.15}
+"""Between two words."""
 
 
 class OpenAIServer:
@@ -221,7 +223,7 @@ class _App:
             if fault == "held" and number == len(words) // 2 and "hold" in last["content"]:
                 await self.held()
             await _piece(send, body, {"content": word})
-            await asyncio.sleep(0.03 if fault.startswith("paced") else 0.002)
+            await asyncio.sleep(next((s for name, s in PAUSES_S.items() if fault.startswith(name)), 0.002))
         if fault == "unfinished":
             await _bytes(send, b"")
             return
