@@ -121,7 +121,7 @@ def test_schemathesis_tries_what_ends_the_master(name: str, application, token_f
         def tried(case: schemathesis.Case[Any]) -> None:
             nonlocal upgrades
             headers = {"Authorization": f"Bearer {TOKEN}"}
-            answer = case.call(f"http://127.0.0.1:{port}", headers=headers)
+            answer = case.call(f"http://127.0.0.1:{port}", headers=headers, timeout=60)
             if name == "stop" and answer.status_code in {200, 202, 504}:
                 assert masters[-1].wait_exit() == 0
                 masters.append(start())
