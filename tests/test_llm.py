@@ -174,6 +174,17 @@ def test_after_the_first_token_nothing_is_begun_again(server: OpenAIServer, faul
     assert server.count("requests") == 1
 
 
+def test_a_reader_that_takes_its_time_is_not_the_silence_of_the_provider(server: OpenAIServer) -> None:
+    async def scenario() -> str:
+        async with service(provider("one", server.url(), silence_timeout_s=3.0)) as llm:
+            stream = llm.stream([Message("user", "count to 400")])
+            text = (await anext(stream)).text
+            await asyncio.sleep(3.5)
+            return text + "".join([chunk.text async for chunk in stream])
+
+    assert run(scenario()) == "".join(f"{number} " for number in range(400))
+
+
 def test_closing_the_stream_cancels_the_request_at_the_provider(server: OpenAIServer) -> None:
     async def scenario() -> dict[str, Any]:
         async with service(provider("one", server.url("endless"))) as llm:

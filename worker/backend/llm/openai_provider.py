@@ -159,10 +159,10 @@ class OpenAIProvider:
                 if piece is None:
                     break
                 chunk = answer.add(piece)
-                if answer.alive:
-                    deadline = loop.time() + self.provider.silence_timeout_s
                 if chunk is not None:
                     yield chunk
+                if answer.alive:  # not before whoever reads is back: that is not the provider's time
+                    deadline = loop.time() + self.provider.silence_timeout_s
         yield answer.end()
 
     def _ready(self) -> AsyncOpenAI:
