@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from segue.supervisor import model
 from segue.supervisor.log import Log
 from segue.supervisor.operations import Operation, Operations
@@ -14,6 +16,8 @@ RESTART = "restart"
 PROBATION = "probation"
 """Who asked for a rollback that nobody asked for."""
 _BY_HAND = "somebody asked for it"
+_OVERLAP_S = 2.0
+"""So long at most whoever asked waits for old workers to say that they accept no more: one that hangs does not say it."""
 
 
 class History:
@@ -23,6 +27,7 @@ class History:
         self._operations = operations
         self._log = log
         self._service = service
+        self._quieting: list[Operation] = []
 
     def resume(self, state: model.State) -> None:
         """Another master goes on: what it does not watch any more is waited for by nobody."""
@@ -40,6 +45,10 @@ class History:
         operation.settle(effect)
         if operation.promotes and probation is not None and probation.generation == effect.generation:
             operation.begin_probation()
+        if operation.promotes and effect.ok and state.overlaps:
+            operation.begin_quieting()
+            self._quieting.append(operation)
+            asyncio.get_running_loop().call_later(_OVERLAP_S, operation.end_quieting)
         fields = {
             "operation": operation.number,
             "asked_by": operation.asked_by,
@@ -57,6 +66,11 @@ class History:
         )
         if effect.ok and operation.kind in {"promote", "rollback"}:
             self._service.status(f"generation {effect.generation} serves")
+
+    def quiet(self) -> None:
+        """Nobody accepts any more who shall not."""
+        while self._quieting:
+            self._quieting.pop().end_quieting()
 
     def drained(self, generation: int) -> None:
         """Nothing is left to finish in what this generation has taken over from."""

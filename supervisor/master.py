@@ -218,6 +218,8 @@ class Master:
             self._execute(effect)
         if effects:
             self._record()
+        if not self.state.overlaps:
+            self._history.quiet()
         if self._readiness.is_due(self.state):
             current = self.state.current
             self._ready(f"generation {current} serves" if current else "nothing serves")

@@ -22,10 +22,12 @@ _PROMOTING = frozenset({"reload", "promote", "rollback"})
 _REMEMBERED = DEPLOYS | {"upgrade"}
 _REMEMBERED_COUNT = 20
 _MAX_OUTPUT_CHARS = 2000
+_QUIETING = "quieting"
+"""The phase in which an operation has its outcome, and what it replaced may still accept."""
 
 
 UNTIL = ("serving", "drained", "probation")
-"""How far an operation can be waited for. A new generation serves; nothing is left to finish in those that it took over
+"""How far an operation can be waited for. Whoever connects meets the new generation; nothing is left to finish in those that it took over
 from (they have ended, or are parked); it has passed its probation."""
 
 
@@ -35,7 +37,9 @@ def reached(operation: Mapping[str, Any], until: str) -> bool:
         return operation["outcome"] is not None
     if until == "drained":
         return bool(operation["drained"])
-    return until != "probation" or operation["probation"] != "running"
+    if until == "probation":
+        return bool(operation["probation"] != "running")
+    return bool(operation["phase"] != _QUIETING)
 
 
 class Operation:
@@ -111,6 +115,17 @@ class Operation:
         self.ended = time.time()
         self._notify()
 
+    def begin_quieting(self) -> None:
+        """It is done, but those that it replaced may still accept."""
+        self.phase = _QUIETING
+
+    def end_quieting(self) -> None:
+        """They don't, or are not waited for any longer."""
+        if self.phase == _QUIETING:
+            self._close_phase()
+            self.phase = "serving"
+            self._notify()
+
     def mark_drained(self) -> None:
         """What it replaced has ended, too."""
         self._close_phase("drain")
@@ -163,6 +178,8 @@ class Operation:
         operation = cls(document["id"], document["kind"], document["asked_by"], document.get("service", ""))
         operation.started, operation.ended = document["started"], document["ended"]
         operation.phase, operation.phases = document["phase"], document["phases"]
+        if operation.phase == _QUIETING:
+            operation.phase = "serving"
         operation.ok = None if document["outcome"] is None else document["outcome"] != "refused"
         operation.probation, operation.rolled_back = document.get("probation"), document.get("rolled_back")
         operation.result = document.get("result")

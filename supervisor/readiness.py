@@ -8,8 +8,6 @@ from segue.supervisor.instance import Instance
 from segue.supervisor.operations import Operation, Operations
 from segue.supervisor.systemd import ServiceManager
 
-_QUIETING = frozenset({model.WorkerState.QUIETING})
-
 
 class Readiness:
     """Of one instance, as its service manager sees it."""
@@ -48,7 +46,7 @@ class Readiness:
 
         Whoever connects after READY meets the new code: it waits until the old one has stopped accepting.
         """
-        return self._due and not any(each.having(_QUIETING) for each in state.generations.values())
+        return self._due and not state.overlaps
 
     def tell(self, status: str) -> None:
         """The first generation serves, or a reload has ended; a last one that was refused is named."""

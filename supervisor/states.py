@@ -8,8 +8,10 @@ import msgspec
 
 from segue.handoff.messages import BEFORE_STOP, ServiceRecord
 from segue.supervisor.events import ReloadAsked, ScaleAsked, SwapAsked
-from segue.supervisor.generations import SERVING, Generation, GenerationState
+from segue.supervisor.generations import SERVING, Generation, GenerationState, WorkerState
 from segue.supervisor.underway import Change, DrainChange, Probation, Promote, Scaling, Stopping, Swap
+
+_QUIETING = frozenset({WorkerState.QUIETING})
 
 
 class State(msgspec.Struct):
@@ -78,6 +80,11 @@ class State(msgspec.Struct):
     def changing(self) -> bool:
         """Whether a generation is being brought up, or promoted."""
         return self.change is not None or self.promote is not None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether workers that are to accept no more have yet to say that they don't."""
+        return any(generation.having(_QUIETING) for generation in self.generations.values())
 
     @property
     def may_serve(self) -> frozenset[int]:

@@ -172,6 +172,35 @@ def test_every_asker_gets_the_outcome_of_the_reload_that_covers_it(application, 
         master.stop()
 
 
+@pytest.mark.parametrize("verb", ["reload", "rollback"])
+def test_whoever_connects_after_the_answer_meets_the_new_generation(application, verb) -> None:
+    with supervised("shop:app", "--workers", "4", cwd=application("1")) as master:
+        version = "1"
+        for number in range(2, 8):
+            if verb == "reload" or number == 2:
+                application(str(number))
+            code, document = master.call("POST", f"{HOT}/{'reload' if number == 2 else verb}")
+            assert code == 200, document
+            version = {"reload": str(number), "rollback": str(2 - number % 2)}[verb]
+            for _ in range(4):
+                with Client(master.port) as client:
+                    assert client.get("/")[2] == version.encode()
+        master.stop()
+
+
+def test_an_old_worker_that_hangs_does_not_hold_up_the_answer_for_long(application) -> None:
+    with supervised("shop:app", cwd=application("1")) as master:
+        [old] = master.worker_pids()
+        application("2")
+        os.kill(old, signal.SIGSTOP)
+        code, document = master.call("POST", f"{HOT}/reload")
+        assert (code, document["phase"]) == (200, "serving")
+        assert document["phases"]["quieting"] >= 1.9
+        assert master.status()["generations"][0]["workers"][0]["state"] == "quieting"
+        os.kill(old, signal.SIGCONT)
+        master.stop()
+
+
 def test_no_wait_returns_an_operation_to_poll(application) -> None:
     with supervised("shop:app", cwd=application("1")) as master:
         code, document = master.call("POST", f"{HOT}/reload?wait=0")
