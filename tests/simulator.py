@@ -349,6 +349,7 @@ class World:
         self.went_back = self.went_back and not self.shell.is_behind
         if self.state.current is not None and self.state.current not in self.promoted:
             self.promoted.append(self.state.current)  # it alone accepts, so its promote is done
+            self.went_back = False  # to what has never served
         self._forget(adopted.effects)
         self._note_who_serves()
         invariants.adopted(self, before, adopted.effects)

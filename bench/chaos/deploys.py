@@ -90,7 +90,8 @@ def canary(instance: Instance, rng: random.Random) -> str:
     if end == "discard":
         instance.code.put_back(place)
         _still(instance, before)
-    return f"{end or 'waited for'}, after {document['phases']['canary']:.1f} s"
+    # one that is killed beside may end it before it serves
+    return f"{end or 'waited for'}, after {document['phases'].get('canary', 0.0):.1f} s"
 
 
 def bad_canary(instance: Instance, rng: random.Random) -> str:
