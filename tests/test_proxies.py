@@ -39,6 +39,8 @@ def haproxy(directory: Path, config: str) -> list[str]:
 
 def caddy(directory: Path, config: str) -> list[str]:
     path = directory / "Caddyfile"
+    # a whole machine may stand still for the 5 s that a check has else
+    config = config.replace("health_interval 1s", f"health_interval 1s\n health_timeout {DEADLINE_S:.0f}s")
     path.write_text("{\n    admin off\n}\n" + config)
     return ["caddy", "run", "--config", str(path), "--adapter", "caddyfile"]
 
